@@ -1,0 +1,1 @@
+"""Steps, clocks, files and randomness: mutators, trainers, checkpoints."""
