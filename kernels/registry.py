@@ -1,0 +1,100 @@
+"""What a kernel is: formula, reference, samples, and the implementations that compete for a device.
+
+A fast implementation that cannot be used says why in words; an explicit request that cannot be honoured is
+an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Implementation:
+    """One way to compute a kernel: `why_not(device)` is None where it can be used, else the reason."""
+
+    name: str
+    why_not: Callable[[torch.device], str | None]
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """Arguments to judge a kernel with: `make(dtype, device)` is deterministic, its tensors require grad."""
+
+    name: str
+    make: Callable[[torch.dtype, torch.device], tuple[Any, ...]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Kernel:
+    """One operation and everything that tests, benchmarks and `nascompile doctor` need to know about it.
+
+    `function` is the public name (with `implementation=` as its last keyword), `eager` the expression it
+    replaces, `operations` the torch operators behind it, `implementations` the candidates in order of
+    preference; the last one is the reference and never declines.
+    """
+
+    name: str
+    formula: str
+    function: Callable[..., Any]
+    reference: Callable[..., Any]
+    eager: Callable[..., Any]
+    operations: tuple[Any, ...]
+    samples: Callable[[], tuple[Sample, ...]]
+    implementations: tuple[Implementation, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One line of `doctor_report`: whether an implementation is the one used on a device, and if not, why."""
+
+    operation: str
+    device: str
+    implementation: str
+    used: bool
+    reason: str
+
+
+@cache
+def choose(kernel: Kernel, device: torch.device, name: str | None = None) -> Implementation:
+    """The implementation used on a device: the first that does not decline, or the one asked for by name.
+
+    Raises ValueError for an unknown name and for a named one that declines.
+    """
+    if name is None:
+        return next(found for found in kernel.implementations if found.why_not(device) is None)
+    known = {found.name: found for found in kernel.implementations}
+    if name not in known:
+        raise ValueError(f"{kernel.name}: there is no implementation {name!r}; there are: {', '.join(known)}")
+    reason = known[name].why_not(device)
+    if reason is not None:
+        raise ValueError(f"{kernel.name}: implementation {name!r} cannot be used on {device}: {reason}")
+    return known[name]
+
+
+def report(kernels: tuple[Kernel, ...], device: torch.device) -> list[Row]:
+    """For every kernel and implementation: is it the one used on the device, and why not."""
+    rows = []
+    for kernel in kernels:
+        used = choose(kernel, device)
+        for found in kernel.implementations:
+            reason = found.why_not(device)
+            if reason is None and found is not used:
+                reason = f"{used.name} comes first"
+            rows.append(
+                Row(
+                    operation=kernel.name,
+                    device=str(device),
+                    implementation=found.name,
+                    used=found is used,
+                    reason="used" if reason is None else reason,
+                )
+            )
+    return rows
