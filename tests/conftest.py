@@ -57,7 +57,7 @@ def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
     """In tests/kernels, every uninitialised tensor starts as nan (integers: the largest value).
 
     A kernel that leaves an element unwritten, or reads one before it is written, then fails instead of
-    finding the zeros of a fresh page. torch fills in its own allocator, so memory taken from C++ is filled too.
+    finding the zeros of a fresh page. torch fills in its own allocator: memory taken from C++ is filled too.
     """
     if KERNEL_TESTS not in request.path.parents:
         yield
