@@ -193,7 +193,7 @@ def _check(inputs: list[Tensor], weights: Tensor) -> None:
             raise ValueError(f"mixed_sum: inputs[{k}] is on {tensor.device}, inputs[0] is on {first.device}")
     if weights.shape != (len(inputs),):
         raise ValueError(
-            f"mixed_sum: weights has shape {tuple(weights.shape)}, one entry per input is needed: ({len(inputs)},)"
+            f"mixed_sum: weights has shape {tuple(weights.shape)}, one per input is ({len(inputs)},)"
         )
     if weights.device != first.device:
         raise ValueError(f"mixed_sum: weights is on {weights.device}, the inputs are on {first.device}")
