@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -148,6 +149,7 @@ class NASBench201Cell(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         nodes = [x]
+        edges: Any
         for edges in list(self.layers)[1:]:
             inputs = [edge(node) for edge, node in zip(edges, nodes, strict=True)]
             nodes = [*nodes, sum(inputs[1:], inputs[0])]
