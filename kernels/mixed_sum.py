@@ -10,6 +10,7 @@ operators are closed under differentiation, so second-order methods (DARTS, eq. 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,9 +66,6 @@ def reference_backward(
 
 # ----- operators
 
-_forward: Callable[..., Any]
-_backward: Callable[..., Any]
-
 
 def _fake(inputs: Sequence[Tensor], weights: Tensor) -> Tensor:
     return torch.empty_like(inputs[0])
@@ -80,49 +78,86 @@ def _fake_backward(
     return products, weights.new_empty(len(needs_input) if needs_weights else 0)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    tensors, weights = inputs
-    # without a decision gradient nobody needs the candidates' outputs again
-    ctx.save_for_backward(weights, *(tensors if weights.requires_grad else ()))
+class _Forward(torch.autograd.Function):
+    """An implementation's forward, differentiable."""
+
+    @staticmethod
+    def forward(ctx: Any, implementation: Implementation, weights: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.implementation = implementation
+        # without a decision gradient nobody needs the candidates' outputs again
+        ctx.save_for_backward(weights, *(inputs if ctx.needs_input_grad[1] else ()))
+        return implementation.forward(list(inputs), weights)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        weights, *inputs = ctx.saved_tensors
+        _, needs_weights, *needs_input = ctx.needs_input_grad
+        products, dots = _run_backward(
+            ctx.implementation, grads[0], inputs, weights, needs_input, needs_weights
+        )
+        return None, dots if needs_weights else None, *_spread(products, needs_input)
 
 
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[list[Tensor | None], Tensor | None]:
-    weights, *tensors = ctx.saved_tensors
-    needs_input, needs_weights = ctx.needs_input_grad
-    products, dots = _backward(grad, tensors, weights, list(needs_input), needs_weights)
-    return _spread(products, needs_input), dots if needs_weights else None
+class _Backward(torch.autograd.Function):
+    """An implementation's backward, differentiable by the formula at the top."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        ctx.implementation, ctx.needs_input, ctx.needs_weights, grad, weights, *inputs = arguments
+        ctx.save_for_backward(grad, weights, *inputs)
+        products, dots = ctx.implementation.backward(
+            grad, inputs, weights, ctx.needs_input, ctx.needs_weights
+        )
+        return dots, *products
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad, weights, *inputs = ctx.saved_tensors
+        grad_dots, *grad_products = grads
+        *_, needs_grad, needs_weights = ctx.needs_input_grad[:5]
+        needs_inputs = ctx.needs_input_grad[5:]
+        chosen = [k for k, needed in enumerate(ctx.needs_input) if needed]
+        run = ctx.implementation
+        d_grad, d_weights, d_inputs = None, None, [None] * len(inputs)
+        if needs_grad:
+            parts = []
+            if chosen:
+                parts.append(_run_forward(run, grad_products, torch.stack([weights[k] for k in chosen])))
+            if ctx.needs_weights:
+                parts.append(_run_forward(run, inputs, grad_dots))
+            d_grad = sum(parts[1:], start=parts[0])
+        if any(needs_inputs):
+            products, _ = _run_backward(run, grad, [], grad_dots, list(needs_inputs), False)
+            d_inputs = _spread(products, needs_inputs)
+        if needs_weights:
+            found = [torch.zeros_like(weights[0])] * len(weights)
+            if chosen:
+                flags = [False] * len(chosen)
+                _, dots = _run_backward(run, grad, grad_products, weights[: len(chosen)], flags, True)
+                for position, k in enumerate(chosen):
+                    found[k] = dots[position]
+            d_weights = torch.stack(found)
+        return None, None, None, d_grad, d_weights, *d_inputs
 
 
-def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    grad, tensors, weights, ctx.needs_input, ctx.needs_weights = inputs
-    ctx.save_for_backward(grad, weights, *tensors)
+def _run_forward(implementation: Implementation, inputs: Sequence[Tensor], weights: Tensor) -> Tensor:
+    if torch.is_grad_enabled() and (weights.requires_grad or any(tensor.requires_grad for tensor in inputs)):
+        return _Forward.apply(implementation, weights, *inputs)
+    return implementation.forward(inputs, weights)
 
 
-def _differentiate_backward(ctx: Any, grad_products: list[Tensor], grad_dots: Tensor) -> tuple[Any, ...]:
-    """The formula at the top, for the products and dots that were asked for."""
-    grad, weights, *tensors = ctx.saved_tensors
-    needs_grad, needs_tensors, needs_weights = ctx.needs_input_grad[:3]
-    chosen = [k for k, needed in enumerate(ctx.needs_input) if needed]
-    d_grad, d_tensors, d_weights = None, [None] * len(tensors), None
-    if needs_grad:
-        parts = []
-        if chosen:
-            parts.append(_forward(grad_products, torch.stack([weights[k] for k in chosen])))
-        if ctx.needs_weights:
-            parts.append(_forward(tensors, grad_dots))
-        d_grad = sum(parts[1:], start=parts[0])
-    if ctx.needs_weights and any(needs_tensors):
-        products, _ = _backward(grad, [], grad_dots, list(needs_tensors), False)
-        d_tensors = _spread(products, needs_tensors)
-    if needs_weights:
-        zero = torch.zeros_like(weights[0])
-        found: list[Tensor] = [zero] * len(weights)
-        if chosen:
-            _, dots = _backward(grad, grad_products, weights[: len(chosen)], [False] * len(chosen), True)
-            for position, k in enumerate(chosen):
-                found[k] = dots[position]
-        d_weights = torch.stack(found)
-    return d_grad, d_tensors, d_weights, None, None
+def _run_backward(
+    implementation: Implementation,
+    grad: Tensor,
+    inputs: Sequence[Tensor],
+    weights: Tensor,
+    needs_input: Sequence[bool],
+    needs_weights: bool,
+) -> tuple[list[Tensor], Tensor]:
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (grad, weights, *inputs)):
+        dots, *products = _Backward.apply(implementation, needs_input, needs_weights, grad, weights, *inputs)
+        return products, dots
+    return implementation.backward(grad, inputs, weights, needs_input, needs_weights)
 
 
 def _spread(found: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
@@ -140,22 +175,22 @@ def mixed_sum(inputs: Sequence[Tensor], weights: Tensor, *, implementation: str 
     inputs: tensors of one shape and any strides, fp32, bf16, fp16 or fp64; different types are promoted as in
     the plain expression. weights: a vector with one floating-point entry per input, on the same device. The
     result has the inputs' type and the first one's memory format; sums are kept in fp32 (fp64 for fp64).
-    implementation: a name from `KERNEL.implementations`, to test or measure it (then differentiable once); by
-    default the first that this device can use. More than 16 tensors are summed in groups.
+    implementation: a name from `KERNEL.implementations`, to test or measure it; by default the first that
+    this device can use. More than 16 tensors are summed in groups.
 
     Raises TypeError for other types, ValueError for shapes, lengths and devices that do not fit and for an
     implementation that cannot be used.
     """
     inputs = list(inputs)
     _check(inputs, weights)
-    first = inputs[0]
-    dtype = first.dtype
-    for tensor in inputs:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    if first.dim() == 0:
+    if inputs[0].dim() == 0:
         # numbers, not maps: type promotion between numbers is its own matter, and there is nothing to gain
         return eager(inputs, weights)
-    inputs = [tensor.to(dtype) for tensor in inputs]
+    dtype = inputs[0].dtype
+    if any(tensor.dtype != dtype for tensor in inputs):
+        for tensor in inputs:
+            dtype = torch.promote_types(dtype, tensor.dtype)
+        inputs = [tensor.to(dtype) for tensor in inputs]
     weights = weights.to(accumulation_dtype(dtype))
     if len(inputs) > LIMIT:
         starts = range(0, len(inputs), LIMIT)
@@ -168,7 +203,7 @@ def mixed_sum(inputs: Sequence[Tensor], weights: Tensor, *, implementation: str 
         return mixed_sum(groups, weights.new_ones(len(groups)), implementation=implementation)
     if implementation is None:
         return _forward(inputs, weights)
-    return _Explicit.apply(choose(KERNEL, first.device, implementation), weights, *inputs)
+    return _run_forward(choose(KERNEL, inputs[0].device, implementation), inputs, weights)
 
 
 def _check(inputs: list[Tensor], weights: Tensor) -> None:
@@ -197,24 +232,6 @@ def _check(inputs: list[Tensor], weights: Tensor) -> None:
         )
     if weights.device != first.device:
         raise ValueError(f"mixed_sum: weights is on {weights.device}, the inputs are on {first.device}")
-
-
-class _Explicit(torch.autograd.Function):
-    """A named implementation, outside torch's dispatcher."""
-
-    @staticmethod
-    def forward(ctx: Any, implementation: Implementation, weights: Tensor, *inputs: Tensor) -> Tensor:
-        ctx.implementation = implementation
-        ctx.save_for_backward(weights, *inputs)
-        return implementation.forward(list(inputs), weights)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        weights, *inputs = ctx.saved_tensors
-        _, needs_weights, *needs_input = ctx.needs_input_grad
-        products, dots = ctx.implementation.backward(grad, inputs, weights, needs_input, needs_weights)
-        return None, dots if needs_weights else None, *_spread(products, needs_input)
 
 
 # ----- implementations, in order of preference
@@ -280,31 +297,45 @@ def samples() -> tuple[Sample, ...]:
 def _register() -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Define the operators, or find them defined by the extension, and add what Python has to give."""
     module, _ = native.load()
-    built_for_cuda = module is not None and module.cuda_compiled()
-    for schema in SCHEMAS:
-        if module is None:
-            torch.library.define(f"nascompile::{schema.partition('(')[0]}", schema[schema.index("(") :])
-    for name, plain, fake, setup, differentiate in (
-        ("nascompile::mixed_sum", reference, _fake, _setup, _differentiate),
-        (
-            "nascompile::mixed_sum_backward",
-            reference_backward,
-            _fake_backward,
-            _setup_backward,
-            _differentiate_backward,
-        ),
+    if module is None:
+        for schema in SCHEMAS:
+            name, parenthesis, rest = schema.partition("(")
+            torch.library.define(f"nascompile::{name}", parenthesis + rest)
+    forward, backward = (
+        torch.ops.nascompile.mixed_sum.default,
+        torch.ops.nascompile.mixed_sum_backward.default,
+    )
+    for operator, plain, fake in (
+        (forward, reference, _fake),
+        (backward, reference_backward, _fake_backward),
     ):
-        torch.library.impl(name, "CompositeExplicitAutograd")(plain)
-        torch.library.register_fake(name)(fake)
-        torch.library.register_autograd(name, differentiate, setup_context=setup)
-    if not built_for_cuda:
-        torch.library.impl("nascompile::mixed_sum", "CUDA")(
-            lambda inputs, weights: choose(KERNEL, weights.device).forward(inputs, weights)
+        torch.library.impl(operator.name(), "CompositeExplicitAutograd")(plain)
+        torch.library.register_fake(operator.name())(fake)
+    if module is None or not module.cuda_compiled():
+        torch.library.impl(forward.name(), "CUDA")(
+            lambda *arguments: choose(KERNEL, arguments[1].device).forward(*arguments)
         )
-        torch.library.impl("nascompile::mixed_sum_backward", "CUDA")(
+        torch.library.impl(backward.name(), "CUDA")(
             lambda *arguments: choose(KERNEL, arguments[0].device).backward(*arguments)
         )
-    return torch.ops.nascompile.mixed_sum.default, torch.ops.nascompile.mixed_sum_backward.default
+
+    # not torch.library.register_autograd: for lists of tensors it costs 100 us a call, this costs 15
+    def below_autograd(operator: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                return operator(*arguments)
+
+        return run
+
+    dispatched = Implementation(
+        name="dispatched",
+        why_not=lambda device: None,
+        forward=below_autograd(forward),
+        backward=below_autograd(backward),
+    )
+    torch.library.impl(forward.name(), "Autograd")(partial(_run_forward, dispatched))
+    torch.library.impl(backward.name(), "Autograd")(partial(_run_backward, dispatched))
+    return forward, backward
 
 
 _forward, _backward = _register()

@@ -1,6 +1,7 @@
 // Two vectors' worth of elements of any type, computed in fp32 (fp64 for fp64). Included once per instruction set.
 #pragma once
 
+#include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 
 #include <cstring>
