@@ -10,6 +10,8 @@ import itertools
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
@@ -20,6 +22,17 @@ if TYPE_CHECKING:
     from nascompile.compiler.mutator import BaseMutator
 
 _provisional = itertools.count(1)
+_forced: ContextVar[BaseMutator | None] = ContextVar("forced_mutator", default=None)
+
+
+@contextmanager
+def forced_mutator(mutator: BaseMutator) -> Iterator[None]:
+    """Let `mutator` decide for every mutable, bound or not, as long as the context lasts."""
+    token = _forced.set(mutator)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
 
 
 class Mutable(nn.Module):
@@ -69,7 +82,8 @@ class Mutable(nn.Module):
 
     def require_mutator(self) -> BaseMutator:
         """The mutator in charge; raises ValueError when there is none."""
-        mutator = self.bound_mutator
+        forced = _forced.get()
+        mutator = self.bound_mutator if forced is None else forced
         if mutator is None:
             raise ValueError(
                 f"Mutator not set for {self.name!r}. Bind one to the model first (for example `RandomMutator(model)`), "

@@ -1,0 +1,275 @@
+"""`nascompile.compile`: the same model, the same parameters, a faster forward."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from torch import nn
+
+from nascompile.compiler.errors import TraceError
+from nascompile.compiler.lower import lowered
+from nascompile.compiler.mutables import InputChoice, LayerChoice, Mutable
+from nascompile.compiler.patterns import PATTERNS
+from nascompile.compiler.space import read_space, unwrap
+from nascompile.compiler.trace import Island
+from nascompile.compiler.unit import Entry, Unit, listens_to_scopes, scope_mutator
+from nascompile.compiler.verify import difference
+
+REQUIREMENTS = ("traced", "fused")
+
+
+def compile(
+    model: nn.Module, example_inputs: Any = None, *, require: str | None = None, skip: Sequence[str] = ()
+) -> CompiledModel:
+    """Compile a model with choices. The result computes the same function with the very same parameters.
+
+    example_inputs: a tensor, or a tuple of the arguments of `forward`; without it tracing waits for the first call.
+    require: "traced" raises TraceError unless the whole model was traced, "fused" also unless every weighted choice
+    is fused. skip: names of passes to leave out. What runs as written, and why, is in `islands` and `notes`.
+    """
+    if require is not None and require not in REQUIREMENTS:
+        raise TraceError(f"require is {require!r}, expected None or one of: {', '.join(REQUIREMENTS)}")
+    if require is not None and example_inputs is None:
+        raise TraceError(f'require="{require}" needs example_inputs')
+    compiled = CompiledModel(model, skip=skip)
+    if example_inputs is not None:
+        args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+        compiled.trace(*args)
+        compiled.check_requirement(require)
+    return compiled
+
+
+class CompiledModel(nn.Module):
+    """A compiled model: parameters, buffers, sub-modules, mode and other attributes are those of the user's model.
+
+    The mutator bound to the model decides, in every call anew; nothing is traced again when a decision changes. A call
+    with other Python arguments, another mode or changed attributes is traced on first sight.
+    """
+
+    def __init__(self, model: nn.Module, *, skip: Sequence[str] = ()) -> None:
+        model = unwrap(model)
+        read_space(model)
+        self.__dict__["_eager"] = model
+        self.__dict__["_skip"] = tuple(skip)
+        mode = model.training
+        super().__init__()
+        model.training = mode
+        # the same dictionaries, not copies: what is set, moved or replaced in one is so in the other
+        for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            self.__dict__[name] = model.__dict__[name]
+        self._forget()
+
+    def _forget(self) -> None:
+        self.__dict__["_unit"] = Unit(self._eager, "", skip=self._skip)
+        self.__dict__["_inner"] = None
+        self.__dict__["_depth"] = 0
+
+    @property
+    def training(self) -> bool:
+        """The mode of the model."""
+        return self._eager.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        self._eager.training = mode
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "_eager" not in self.__dict__:
+                raise
+            return getattr(self.__dict__["_eager"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        own = name in self.__dict__ or isinstance(getattr(type(self), name, None), property)
+        if own or "_unit" not in self.__dict__:
+            super().__setattr__(name, value)
+        else:
+            setattr(self._eager, name, value)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModel:
+        clone = CompiledModel(copy.deepcopy(self._eager, memo), skip=self._skip)
+        memo[id(self)] = clone
+        return clone
+
+    def __reduce__(self) -> Any:
+        return _rebuild, (self._eager, self._skip)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the user's forward computes."""
+        entry = self._entry(args, kwargs)
+        if not self._can_follow(entry):
+            with self._overridden():
+                return self._eager(*args, **kwargs)
+        assert entry.function is not None
+        with self._overridden() if self._calls_back(entry) else nullcontext():
+            return entry.function(self._eager, *args, **kwargs)
+
+    def trace(self, *args: Any, **kwargs: Any) -> None:
+        """Trace for a call like this, check the result against the eager model, and look into islands."""
+        entry = self._entry(args, kwargs)
+        if entry.function is not None:
+            problem = difference(self._eager, self, args, kwargs)
+            if problem is not None:
+                entry.function, entry.graph_module, entry.lowered = None, None, ()
+                entry.islands[""] = Island("", "", 0, problem)
+        if entry.islands:
+            for unit in self._inner_units().values():
+                if not unit.entries and any(_lies_below(unit.path, island) for island in entry.islands.values()):
+                    unit.guess()
+
+    def check_requirement(self, require: str | None) -> None:
+        """Raise TraceError unless the model is "traced" or "fused" as asked."""
+        problems = [str(island) for island in self.islands] if require is not None else []
+        if require == "fused":
+            problems += [f"{path}: {reason}" for path, reason in self.notes.items()]
+        if problems:
+            raise TraceError(f'require="{require}" cannot be honoured: {"; ".join(problems)}')
+
+    @property
+    def entries(self) -> list[Entry]:
+        """All traces made so far, those of the model itself first."""
+        inner = self.__dict__["_inner"] or {}
+        return [*self._unit.entries, *(entry for unit in inner.values() for entry in unit.entries)]
+
+    @property
+    def islands(self) -> list[Island]:
+        """The modules whose forward runs as written, with file, line and reason."""
+        return list({island.path: island for entry in self.entries for island in entry.islands.values()}.values())
+
+    @property
+    def notes(self) -> dict[str, str]:
+        """By module path: why something is not looked into, shared or fused."""
+        return {path: reason for entry in self.entries for path, reason in entry.notes.items()}
+
+    @property
+    def code(self) -> str:
+        """The traces as readable Python."""
+        graphs = [(e.graph_module.graph, e.rewrites) for e in self.entries if e.graph_module is not None]
+        return "\n".join(f"# {rewrites}\n{graph.python_code('self').src.strip()}\n" for graph, rewrites in graphs)
+
+    def _entry(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entry:
+        with self._plain():
+            return self._unit.entry(args, kwargs)
+
+    def _can_follow(self, entry: Entry) -> bool:
+        """Whether the graph is the program for the current decision.
+
+        It was traced with choices that have an output: where the decision chooses nothing, the program may take
+        another way (`if x is not None`), so that it has to run as written.
+        """
+        if entry.function is None or (entry.has_scopes and listens_to_scopes(scope_mutator(self._eager))):
+            return False
+        return not any(choice.gives_nothing() for choice in entry.lowered)
+
+    def _calls_back(self, entry: Entry) -> bool:
+        """Whether code outside the graph calls choices: islands, and candidates with choices of their own."""
+        if entry.calls_back is None:
+            visible = {choice.path for choice in entry.lowered}
+            choices = [p for p, m in self._eager.named_modules() if isinstance(m, LayerChoice | InputChoice)]
+            entry.calls_back = bool(entry.islands) or any(path not in visible for path in choices)
+        return entry.calls_back
+
+    def _inner_units(self) -> dict[nn.Module, Unit]:
+        """Everything islands may call: each module that contains choices, with traces of its own."""
+        if self.__dict__["_inner"] is None:
+            self.__dict__["_inner"] = {
+                module: Unit(self._eager, path, skip=self._skip)
+                for path, module in self._eager.named_modules()
+                if path and _is_callable_part(module)
+            }
+        return self.__dict__["_inner"]
+
+    def _run_unit(self, unit: Unit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with self._plain():
+            entry = unit.entry(args, kwargs)
+        if not self._can_follow(entry):
+            return type(unit.module).forward(unit.module, *args, **kwargs)
+        assert entry.function is not None
+        return entry.function(self._eager, *args, **kwargs)
+
+    def _replacements(self) -> dict[nn.Module, Any]:
+        if "_replaced" not in self.__dict__:
+            found: dict[nn.Module, Any] = {}
+            for path, module in self._eager.named_modules():
+                if isinstance(module, LayerChoice | InputChoice) and "forward" not in module.__dict__:
+                    found[module] = _choice_forward(module, path)
+            for module, unit in self._inner_units().items():
+                found[module] = _unit_forward(self, unit)
+            self.__dict__["_replaced"] = found
+        return self.__dict__["_replaced"]
+
+    @contextmanager
+    def _overridden(self) -> Iterator[None]:
+        """Let choices and traced parts run compiled when the user's own code calls them."""
+        replacements = self._replacements()
+        self.__dict__["_depth"] += 1
+        if self.__dict__["_depth"] == 1:
+            _install(replacements)
+        try:
+            yield
+        finally:
+            self.__dict__["_depth"] -= 1
+            if self.__dict__["_depth"] == 0:
+                _remove(replacements)
+
+    @contextmanager
+    def _plain(self) -> Iterator[None]:
+        """The user's model as it is, for tracing and guards."""
+        if self.__dict__["_depth"] == 0:
+            yield
+            return
+        replacements = self._replacements()
+        _remove(replacements)
+        try:
+            yield
+        finally:
+            _install(replacements)
+
+
+def _rebuild(model: nn.Module, skip: tuple[str, ...]) -> CompiledModel:
+    return CompiledModel(model, skip=skip)
+
+
+def _is_callable_part(module: nn.Module) -> bool:
+    container = isinstance(module, nn.ModuleList | nn.ModuleDict | LayerChoice | InputChoice)
+    if container or "forward" in module.__dict__:
+        return False
+    return any(isinstance(child, Mutable) for child in module.modules() if child is not module)
+
+
+def _lies_below(path: str, island: Island) -> bool:
+    return not island.path or path.startswith(island.path + ".")
+
+
+def _choice_forward(choice: Any, path: str) -> Any:
+    target: Any = lowered(choice, path)
+    target.pattern = next((pattern for pattern in PATTERNS if pattern.why_not(choice) is None), None)
+    if not isinstance(choice, LayerChoice):
+        return target
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return target([None] * len(choice), *args, **kwargs)
+
+    return forward
+
+
+def _unit_forward(compiled: CompiledModel, unit: Unit) -> Any:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return compiled._run_unit(unit, args, kwargs)
+
+    return forward
+
+
+def _install(replacements: dict[nn.Module, Any]) -> None:
+    for module, forward in replacements.items():
+        module.__dict__["forward"] = forward
+
+
+def _remove(replacements: dict[nn.Module, Any]) -> None:
+    for module in replacements:
+        module.__dict__.pop("forward", None)

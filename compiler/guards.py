@@ -1,0 +1,118 @@
+"""What a trace took for granted: Python attributes it read, modules it looked into. While they hold, the trace is valid."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+_INTERNAL = frozenset(nn.Module().__dict__) - {"training"}
+_SCALARS = (bool, int, float, complex, str, bytes, type(None))
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class NotTraceable(Exception):
+    """Raised inside a trace; the module whose forward is being traced becomes an island."""
+
+
+def fingerprint(value: Any) -> Any:
+    """Equal for values that a trace cannot tell apart: scalars by value, containers by content, objects by identity."""
+    if isinstance(value, _SCALARS):
+        return (type(value), value)
+    if isinstance(value, list | tuple):
+        return (type(value), tuple(fingerprint(item) for item in value))
+    if isinstance(value, dict):
+        return (type(value), tuple((key, fingerprint(item)) for key, item in value.items()))
+    return id(value)
+
+
+class Guards:
+    """The conditions under which a trace may be used again."""
+
+    def __init__(self) -> None:
+        self._attributes: dict[tuple[int, str], tuple[nn.Module, str, Any, Any]] = {}
+        self._containers: dict[int, tuple[str, Any, Any]] = {}
+        self._modules: dict[int, nn.Module] = {}
+        self._places: list[tuple[dict[str, Any], str, nn.Module]] = []
+
+    def saw(self, module: nn.Module, name: str, value: Any) -> None:
+        """Record that the program read `module.name`."""
+        if isinstance(value, nn.Module) or (id(module), name) in self._attributes:
+            return
+        expected = fingerprint(value)
+        self._attributes[id(module), name] = (module, name, expected, value)
+        if isinstance(value, list | dict | set):
+            self._containers[id(value)] = (f"{type(module).__name__}.{name}", value, _content(value))
+
+    def traced(self, module: nn.Module, place: tuple[dict[str, Any], str] | None = None) -> None:
+        """Record that the trace looked into `module`: it must not gain hooks, nor leave its place in its parent."""
+        if place is not None and id(module) not in self._modules:
+            self._places.append((*place, module))
+        self._modules[id(module)] = module
+
+    def require_containers_unchanged(self) -> None:
+        """Raise NotTraceable when the program changed a list or dict of the model; its content is put back first."""
+        for name, container, content in self._containers.values():
+            if _content(container) != content:
+                _put_back(container, content)
+                raise NotTraceable(f"changes {name} in forward")
+
+    def hold(self) -> bool:
+        """Whether everything the trace took for granted is still so."""
+        for module, name, expected, _ in self._attributes.values():
+            values = module.__dict__
+            if name not in values or fingerprint(values[name]) != expected:
+                return False
+        if any(modules.get(name) is not module for modules, name, module in self._places):
+            return False
+        return not any(has_hooks(module) for module in self._modules.values())
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling `module` runs hooks besides its forward."""
+    values = module.__dict__
+    return any(values[name] for name in HOOKS)
+
+
+def _content(container: Any) -> tuple[Any, ...]:
+    if isinstance(container, dict):
+        return tuple((key, id(value)) for key, value in container.items())
+    return tuple(id(value) for value in container) if isinstance(container, list) else (len(container),)
+
+
+def _put_back(container: Any, content: tuple[Any, ...]) -> None:
+    # only additions are undone: they would keep tracing objects alive in the user's model
+    if isinstance(container, list):
+        del container[len(content) :]
+    elif isinstance(container, dict):
+        known = {key for key, _ in content}
+        for key in [key for key in container if key not in known]:
+            del container[key]
+
+
+@contextmanager
+def watch_attributes(guards: Guards) -> Iterator[None]:
+    """While tracing: record every Python attribute that a forward reads, and refuse those it assigns."""
+    original_set: Callable[..., None] = nn.Module.__setattr__
+    original_delete: Callable[..., None] = nn.Module.__delattr__
+
+    def read(module: nn.Module, name: str) -> Any:
+        value = object.__getattribute__(module, name)
+        if name not in _INTERNAL and name in object.__getattribute__(module, "__dict__"):
+            guards.saw(module, name, value)
+        return value
+
+    def refuse(module: nn.Module, name: str, *value: Any) -> None:
+        raise NotTraceable(f"assigns {type(module).__name__}.{name} in forward")
+
+    try:
+        nn.Module.__getattribute__ = read  # type: ignore[method-assign]
+        nn.Module.__setattr__ = refuse  # type: ignore[method-assign]
+        nn.Module.__delattr__ = refuse  # type: ignore[method-assign]
+        yield
+    finally:
+        del nn.Module.__getattribute__  # type: ignore[misc]
+        nn.Module.__setattr__ = original_set  # type: ignore[method-assign]
+        nn.Module.__delattr__ = original_delete  # type: ignore[method-assign]

@@ -1,0 +1,122 @@
+"""What a choice becomes in a compiled graph: a callable that follows the decision at run time, without dispatch or hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from nascompile.compiler.decision import Selection, reduce_outputs, weigh
+from nascompile.compiler.mutables import InputChoice, LayerChoice
+from nascompile.compiler.mutator import BaseMutator, Mutator
+from nascompile.compiler.patterns import Pattern
+from nascompile.compiler.space import Choice, candidate_names
+
+Body = Callable[[Any], Any]
+
+
+class Shared:
+    """A value that several candidates start from, computed when the first of them runs."""
+
+    __slots__ = ("_args", "_function", "_kwargs", "_value")
+
+    def __init__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        self._function: Callable[..., Any] | None = function
+        self._args = args
+        self._kwargs = kwargs
+        self._value: Any = None
+
+    def get(self) -> Any:
+        """The value; computed at most once."""
+        if self._function is not None:
+            args = [arg.get() if isinstance(arg, Shared) else arg for arg in self._args]
+            self._value = self._function(*args, **self._kwargs)
+            self._function, self._args = None, ()
+        return self._value
+
+
+class LoweredChoice:
+    """A choice as a function in the graph; `pattern` is the fusion of its weighted combination, or None."""
+
+    def __init__(self, choice: Choice, path: str) -> None:
+        self.choice = choice
+        self.path = path
+        self.pattern: Pattern | None = None
+        # fx writes calls by these names
+        kind = "layer_choice" if isinstance(choice, LayerChoice) else "input_choice"
+        self.__name__ = self.__qualname__ = f"{kind}_{path.replace('.', '_') or 'root'}"
+        self.__module__ = "nascompile"
+
+    def gives_nothing(self) -> bool:
+        """Whether the current decision chooses no candidate at all, so that the output is None."""
+        mutator = self.choice.require_mutator()
+        if not isinstance(mutator, Mutator) or self.choice.reduction == "none":
+            return False
+        return not mutator.selection(self.choice.key, len(self.choice))[0].indices
+
+    def _combine(self, outputs: list[Any], selection: Selection) -> Any:
+        choice, pattern = self.choice, self.pattern
+        if selection.weights is not None and pattern is not None and len(outputs) > 1:
+            if pattern.why_not_tensors(outputs) is None:
+                weights = selection.weights
+                if len(outputs) != len(weights):
+                    weights = weights[list(selection.indices)]
+                return pattern.after(outputs, weights, choice.reduction)
+        all_names = candidate_names(choice)
+        names = [all_names[index] for index in selection.indices]
+        weighted = [
+            weigh(output, selection.weight(index), choice.key)
+            for output, index in zip(outputs, selection.indices, strict=True)
+        ]
+        return reduce_outputs(weighted, choice.reduction, choice.key, names)
+
+
+class LoweredLayerChoice(LoweredChoice):
+    """Runs the chosen candidates, each from its shared prefix where it has one."""
+
+    def __init__(self, choice: LayerChoice, path: str) -> None:
+        super().__init__(choice, path)
+        self.bodies: list[Body | None] = [None] * len(choice)
+
+    def __call__(self, shared: Sequence[Shared | None], *args: Any, **kwargs: Any) -> Any:
+        choice: LayerChoice = self.choice  # type: ignore[assignment]
+        mutator = choice.require_mutator()
+        if not decides_by_masks(mutator, "on_forward_layer_choice"):
+            out, mask = mutator.on_forward_layer_choice(choice, *args, **kwargs)
+        else:
+            selection, mask = mutator.selection(choice.key, len(choice))  # type: ignore[attr-defined]
+            out = self._combine([self._run(k, shared[k], args, kwargs) for k in selection.indices], selection)
+        return (out, mask) if choice.return_mask else out
+
+    def _run(self, index: int, shared: Shared | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        body = self.bodies[index]
+        if shared is not None and body is not None:
+            return body(shared.get())
+        candidate = self.choice[index]  # type: ignore[index]
+        if candidate is None:
+            raise ValueError(f"choice {self.choice.key!r}: candidate {index} is None and cannot be chosen")
+        return candidate(*args, **kwargs)
+
+
+class LoweredInputChoice(LoweredChoice):
+    """Weighs and reduces the chosen inputs."""
+
+    def __call__(self, optional_inputs: Any) -> Any:
+        choice: InputChoice = self.choice  # type: ignore[assignment]
+        inputs = choice.as_list(optional_inputs)
+        mutator = choice.require_mutator()
+        if not decides_by_masks(mutator, "on_forward_input_choice"):
+            out, mask = mutator.on_forward_input_choice(choice, inputs)
+        else:
+            selection, mask = mutator.selection(choice.key, len(inputs))  # type: ignore[attr-defined]
+            out = self._combine([inputs[k] for k in selection.indices], selection)
+        return (out, mask) if choice.return_mask else out
+
+
+def lowered(choice: Choice, path: str) -> LoweredLayerChoice | LoweredInputChoice:
+    """The callable for a choice."""
+    return LoweredLayerChoice(choice, path) if isinstance(choice, LayerChoice) else LoweredInputChoice(choice, path)
+
+
+def decides_by_masks(mutator: BaseMutator, method: str) -> bool:
+    """Whether a choice may be carried out from the mask alone: the mutator has not its own idea of how."""
+    return getattr(type(mutator), method) is getattr(Mutator, method, None)

@@ -1,0 +1,328 @@
+"""Traces a user's forward into an fx graph; what cannot be traced stays an island that runs as the user wrote it.
+
+The tracer refuses rather than guesses: anything that would make the recorded graph differ from the program (a branch on
+data, a changed attribute, random numbers drawn in Python, a gradient mode) turns the module it happens in into an island.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import random
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import fx, nn
+from torch.fx.proxy import TraceError as FxTraceError
+from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
+
+from nascompile.compiler.guards import Guards, NotTraceable, has_hooks, watch_attributes
+from nascompile.compiler.mutables import InputChoice, LayerChoice, Mutable, MutableScope
+from nascompile.compiler.signature import guessed_inputs
+
+_FACTORIES = frozenset(
+    {torch.zeros, torch.ones, torch.full, torch.empty, torch.arange, torch.linspace, torch.eye, torch.tensor}
+    | {torch.rand, torch.randn, torch.randint, torch.randperm}
+)
+_IN_PLACE_OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
+
+
+@dataclass(frozen=True, slots=True)
+class Island:
+    """A module whose own forward runs eagerly, as written; the choices inside it are compiled all the same."""
+
+    path: str
+    file: str
+    line: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path or '(the whole model)'}: {self.reason} ({self.file}:{self.line})"
+
+
+class TensorProxy(fx.Proxy):
+    """An fx proxy on which `x += y` and `x[i] = y` change the object, as they do in the program."""
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+
+def _in_place(name: str) -> Callable[[TensorProxy, Any], Any]:
+    target = getattr(operator, f"i{name}")
+
+    def method(self: TensorProxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", target, (self, other), {})
+
+    return method
+
+
+for _name in _IN_PLACE_OPERATORS:
+    setattr(TensorProxy, f"__i{_name}__", _in_place(_name))
+
+
+class _RecordFactories(TorchFunctionMode):
+    """Tensors made from Python numbers belong to the graph: made anew, on the right device, in every call."""
+
+    def __init__(self, tracer: ModelTracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _FACTORIES:
+            return self.tracer.create_proxy("call_function", func, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+
+class ModelTracer(fx.Tracer):
+    """Traces one module of a model (by default all of it), with node targets relative to the model.
+
+    With `inline_choices` the bound (or forced) mutator decides at trace time and choices leave no trace; otherwise
+    each choice stays one node. Afterwards `islands`, `notes` (why a module is left whole) and `guards` (what the trace
+    took for granted) say what was found.
+    """
+
+    def __init__(self, model: nn.Module, *, inline_choices: bool = False) -> None:
+        super().__init__(autowrap_modules=())
+        self.root = model
+        self.inline_choices = inline_choices
+        self.tensor_attrs = {}
+        self.proxy_buffer_attributes = True
+        self.islands: dict[str, Island] = {}
+        self.notes: dict[str, str] = {}
+        self.guards = Guards()
+        self.has_scopes = False
+        self.paths: dict[nn.Module, str] = {}
+        self.places: dict[nn.Module, tuple[dict[str, Any], str]] = {}
+        for path, module in model.named_modules():
+            self.paths.setdefault(module, path)
+            for name, child in module._modules.items():
+                if child is not None:
+                    self.places.setdefault(child, (module._modules, name))
+        self.submodule_paths = self.paths
+        self._tensors = _tensor_paths(model)
+        self._ambient = _ambient_modes()
+
+    def proxy(self, node: fx.Node) -> TensorProxy:
+        """Wrap a node (fx interface)."""
+        return TensorProxy(node, self)
+
+    def trace_module(self, path: str, make_inputs: Callable[[ModelTracer], tuple[tuple[Any, ...], dict[str, Any]]]) -> bool:
+        """Trace the module at `path` into `self.graph`; False, with the island on record, when it cannot be done."""
+        module = self.root.get_submodule(path)
+        self.graph = fx.Graph()
+        reason = why_whole(module)
+        if reason is not None:
+            self.islands[path] = Island(path, *_where_defined(module), reason)
+            return False
+        with self._tracing():
+            try:
+                args, kwargs = make_inputs(self)
+                output = self._run(module, own_forward(module), args, kwargs)
+                self.create_node("output", "output", (self.create_arg(output),), {})
+            except Exception as error:
+                self.islands[path] = describe(error, path, module)
+                return False
+        return True
+
+    def trace_guessed(self, path: str) -> bool:
+        """As `trace_module`, when no example is known: every argument without a default is one tensor."""
+        forward = own_forward(self.root.get_submodule(path))
+        return self.trace_module(path, lambda tracer: guessed_inputs(tracer, forward))
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether calls of `m` stay one node (fx interface)."""
+        if isinstance(m, LayerChoice | InputChoice):
+            return not self.inline_choices
+        path = module_qualified_name
+        if path in self.islands or path in self.notes:
+            return True
+        holds_choices = any(isinstance(child, Mutable) for child in m.modules())
+        builtin = is_builtin(m)
+        reason = "is a torch.nn module" if builtin else why_whole(m)
+        if reason is None:
+            return False
+        if holds_choices:
+            self.islands[path] = Island(path, *_where_defined(m), reason)
+        elif not builtin:
+            self.notes[path] = reason
+        return True
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Record a leaf, or trace through; a module that fails becomes an island (fx interface)."""
+        path = self.path_of_module(m)
+        if self.is_leaf_module(m, path):
+            return self.create_proxy("call_module", path, args, kwargs)
+        before = list(self.graph.nodes)[-1] if len(self.graph.nodes) else None
+        try:
+            return self._run(m, forward, args, kwargs)
+        except Exception as error:
+            self._roll_back(before)
+            self.islands[path] = describe(error, path, m)
+            return self.create_proxy("call_module", path, args, kwargs)
+
+    def path_of_module(self, mod: nn.Module) -> str:
+        """Dotted path in the model (fx interface)."""
+        if mod not in self.paths:
+            raise NotTraceable(f"calls a {type(mod).__name__} that is not part of the model")
+        return self.paths[mod]
+
+    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None) -> fx.Node:
+        """Record a node, unless the program has changed a mode that the graph would not carry (fx interface)."""
+        if _ambient_modes() != self._ambient:
+            raise NotTraceable("changes the gradient, inference or autocast mode in forward")
+        return super().create_node(kind, target, args, kwargs, name, type_expr)
+
+    def create_arg(self, a: Any) -> Any:
+        """An argument as the graph holds it; tensors must belong to the model (fx interface)."""
+        if isinstance(a, torch.Tensor):
+            path = self._tensors.get(id(a))
+            if path is None:
+                raise NotTraceable("uses a tensor that is not a parameter, buffer or attribute of the model")
+            return self.create_node("get_attr", path, (), {})
+        if isinstance(a, nn.Module):
+            raise NotTraceable(f"passes a module ({type(a).__name__}) to an operation")
+        return super().create_arg(a)
+
+    def _run(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        state = _random_states()
+        self.guards.traced(module, self.places.get(module))
+        output = forward(*args, **kwargs)
+        if not _same_random_states(state, _random_states()):
+            raise NotTraceable("draws random numbers in Python")
+        self.guards.require_containers_unchanged()
+        if isinstance(module, MutableScope):
+            self.has_scopes = True
+        return output
+
+    def _roll_back(self, before: fx.Node | None) -> None:
+        for node in reversed(list(self.graph.nodes)):
+            if node is before:
+                break
+            self.graph.erase_node(node)
+
+    @contextmanager
+    def _tracing(self) -> Iterator[None]:
+        original_getattr = nn.Module.__getattr__
+
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return self.call_module(module, module.forward, args, kwargs)
+
+        def lookup(module: nn.Module, name: str) -> Any:
+            value = original_getattr(module, name)
+            return self.proxy(self.create_arg(value)) if isinstance(value, torch.Tensor) else value
+
+        def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            raise NotTraceable(f"uses the autograd function {cls.__name__}")
+
+        with ExitStack() as patches:
+            for owner, name, value in (
+                (nn.Module, "__call__", call),
+                (MutableScope, "__call__", call),
+                (nn.Module, "__getattr__", lookup),
+                (torch.autograd.Function, "apply", classmethod(apply)),
+            ):
+                patches.callback(setattr, owner, name, owner.__dict__[name])
+                setattr(owner, name, value)
+            patches.enter_context(watch_attributes(self.guards))
+            patches.enter_context(_RecordFactories(self))
+            yield
+
+
+def is_builtin(module: nn.Module) -> bool:
+    """Whether a module is one operation to the tracer: those of torch.nn, and scripted ones."""
+    builtin = type(module).__module__.startswith(("torch.nn", "torch.ao.nn"))
+    return (builtin and not isinstance(module, nn.Sequential)) or isinstance(module, torch.jit.ScriptModule)
+
+
+def own_forward(module: nn.Module) -> Callable[..., Any]:
+    """The forward of the module's class."""
+    return type(module).forward.__get__(module)
+
+
+def why_whole(module: nn.Module) -> str | None:
+    """Why the inside of a module must not be looked into, or None."""
+    if has_hooks(module):
+        return "has hooks, which run only when the module itself is called"
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance"
+    if hasattr(module, "parametrizations"):
+        return "has parametrizations"
+    if any(is_lazy(parameter) for parameter in module._parameters.values() if parameter is not None):
+        return "is lazy: run the model once, so that its parameters exist"
+    overridden = next(c for c in type(module).__mro__ if "__call__" in c.__dict__)
+    if overridden not in (nn.Module, MutableScope):
+        return "overrides __call__"
+    return None
+
+
+def describe(error: Exception, path: str, module: nn.Module) -> Island:
+    """The island for a module whose trace failed, with the user's own line."""
+    file, line = _where_defined(module)
+    for frame in traceback.extract_tb(error.__traceback__):
+        if not frame.filename.startswith(_FOREIGN):
+            file, line = frame.filename, frame.lineno or line
+    reason = str(error).strip().split("\n")[0] or type(error).__name__
+    if isinstance(error, FxTraceError):
+        reason = "needs a value that is known only when it runs: " + _short(reason)
+    elif not isinstance(error, NotTraceable):
+        reason = f"{type(error).__name__} while tracing: {reason}"
+    return Island(path, file, line, reason)
+
+
+def _short(reason: str) -> str:
+    for known, words in (
+        ("control flow", "a branch on a tensor"),
+        ("iterated", "a loop over a tensor"),
+        ("'len'", "the length of a tensor"),
+    ):
+        if known in reason:
+            return words
+    return reason
+
+
+_FOREIGN = (
+    str(Path(torch.__file__).parent),
+    str(Path(__file__).parent),
+    "<frozen",
+)
+
+
+def _where_defined(module: nn.Module) -> tuple[str, int]:
+    code = type(module).forward.__code__ if inspect.isfunction(type(module).forward) else None
+    return (code.co_filename, code.co_firstlineno) if code is not None else ("?", 0)
+
+
+def _tensor_paths(model: nn.Module) -> dict[int, str]:
+    paths: dict[int, str] = {}
+    for prefix, module in model.named_modules():
+        attributes = {**module.__dict__, **module._buffers, **module._parameters}
+        for name, value in attributes.items():
+            if isinstance(value, torch.Tensor):
+                paths.setdefault(id(value), f"{prefix}.{name}" if prefix else name)
+    return paths
+
+
+def _ambient_modes() -> tuple[Any, ...]:
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        tuple(
+            (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")
+        ),
+    )
+
+
+def _random_states() -> tuple[Any, ...]:
+    return torch.get_rng_state(), numpy.random.get_state(legacy=False)["state"], random.getstate()
+
+
+def _same_random_states(left: tuple[Any, ...], right: tuple[Any, ...]) -> bool:
+    numpy_same = left[1]["pos"] == right[1]["pos"] and bool((left[1]["key"] == right[1]["key"]).all())
+    return torch.equal(left[0], right[0]) and numpy_same and left[2] == right[2]

@@ -1,0 +1,94 @@
+"""Runs a fresh trace beside the program it was made from; a difference means that the trace is not the program."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from nascompile.compiler.decision import Selection, read_mask
+from nascompile.compiler.mutables import forced_mutator
+from nascompile.compiler.mutator import Mutator
+
+# loose on purpose: kernels may round differently, a wrong trace differs in kind
+_TOLERANCE = 2e-2
+
+
+class EverythingChosen(Mutator):
+    """Decides, without being bound, for every layer with equal weights and for as many inputs as each choice takes."""
+
+    def __init__(self, weighted: bool) -> None:
+        nn.Module.__init__(self)
+        self.weighted = weighted
+
+    def selection(self, key: str, length: int) -> tuple[Selection, Any]:
+        """All candidates with equal weights, or the first one."""
+        mask: Any = [1.0 / length] * length if self.weighted else [True] + [False] * (length - 1)
+        return read_mask(mask, length, key), mask
+
+
+def difference(model: nn.Module, compiled: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """What distinguishes the compiled model's output from the model's on one call, or None.
+
+    Buffers and random states are as before afterwards. A model that itself cannot run with all candidates is compared
+    with the first candidate of every choice, and not at all if that fails as well.
+    """
+    for weighted in (True, False):
+        with forced_mutator(EverythingChosen(weighted)), torch.no_grad():
+            try:
+                expected = _run(model, args, kwargs)
+            except Exception:  # the user's own model refuses this decision; the next one may suit it
+                continue
+            try:
+                actual = _run(compiled, args, kwargs)
+            except Exception as error:
+                return f"the trace fails where the model runs: {type(error).__name__}: {str(error).splitlines()[0]}"
+        return _compare(expected, actual)
+    return None
+
+
+def _run(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    module: Any = model
+    with _state_kept(module, args, kwargs):
+        return model(*args, **kwargs)
+
+
+@contextmanager
+def _state_kept(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+    tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+    kept = [(tensor, tensor.detach().clone()) for tensor in [*model.buffers(), *tensors]]
+    devices = sorted({t.device.index or 0 for t, _ in kept if t.device.type == "cuda"})
+    numpy_state, python_state = numpy.random.get_state(), random.getstate()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        with torch.no_grad():
+            for tensor, before in kept:
+                tensor.copy_(before)
+        numpy.random.set_state(numpy_state)
+        random.setstate(python_state)
+
+
+def _compare(expected: Any, actual: Any) -> str | None:
+    left, left_spec = tree_flatten(expected)
+    right, right_spec = tree_flatten(actual)
+    if left_spec != right_spec:
+        return f"the trace returns {right_spec}, the model {left_spec}"
+    for one, other in zip(left, right, strict=True):
+        if isinstance(one, Tensor) and isinstance(other, Tensor):
+            if one.shape != other.shape or one.dtype != other.dtype:
+                return f"the trace returns {other.dtype} {tuple(other.shape)}, the model {one.dtype} {tuple(one.shape)}"
+            one, other = one.to(torch.float64), other.to(torch.float64)
+            scale = one.nan_to_num().abs().max().item() if one.numel() else 0.0
+            if not torch.allclose(one, other, rtol=0, atol=_TOLERANCE * scale + 1e-6, equal_nan=True):
+                return "the trace gives other values than the model on the example inputs"
+        elif type(one) is not type(other) or one != other:
+            return f"the trace returns {other!r}, the model {one!r}"
+    return None
