@@ -107,7 +107,7 @@ class GraphWatcher(Profiler):
 
     def call_ends(self, choice: Choice, call: int, output: Any) -> Any:
         def stamped(tensor: Tensor) -> Tensor:
-            # memory of its own: an identity candidate returns its input, which other readers still know as such
+            # memory of its own: an identity candidate returns its input, which others still read as such
             copy = tensor.clone()
             self._sources.set(copy, {path_of(choice)})
             return copy
