@@ -71,7 +71,11 @@ def reduce_outputs(outputs: Sequence[Any], reduction: str, key: str, names: Sequ
     if len(present) == 1:
         return present[0][1]
     check_compatible(present, reduction, key)
-    tensors = [output for _, output in present]
+    return combine([output for _, output in present], reduction)
+
+
+def combine(tensors: Sequence[Any], reduction: str) -> Any:
+    """Two or more outputs summed, averaged or concatenated, in their order."""
     if reduction == "concat":
         return torch.cat(tensors, dim=1)
     total = sum(tensors[1:], tensors[0])

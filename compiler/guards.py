@@ -59,6 +59,14 @@ class Guards:
                 _put_back(container, content)
                 raise NotTraceable(f"changes {name} in forward")
 
+    def constants(self) -> dict[str, Any]:
+        """The plain attributes that were read, by class and name; modes left out."""
+        found = {}
+        for module, name, _, value in self._attributes.values():
+            if isinstance(value, _SCALARS) and name not in ("training", "_key", "reduction", "return_mask", "n_candidates"):
+                found[f"{type(module).__name__}.{name}"] = value
+        return found
+
     def hold(self) -> bool:
         """Whether everything the trace took for granted is still so."""
         for module, name, expected, _ in self._attributes.values():

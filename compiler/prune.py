@@ -1,0 +1,261 @@
+"""`nascompile.prune`: the network of one architecture, without choices and without anything it does not need.
+
+The user's own forward is traced with the decisions bound, so that Python code follows them (`if x is not None`).
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from nascompile.compiler.architecture import Mask, resolve, single_choice
+from nascompile.compiler.decision import read_mask
+from nascompile.compiler.errors import NascompileError
+from nascompile.compiler.lean import fix_choices, fixed_weights, reduce_fixed
+from nascompile.compiler.lean_module import LeanModule, same_graph
+from nascompile.compiler.mutables import InputChoice, LayerChoice, Mutable, forced_mutator
+from nascompile.compiler.mutator import Mutator, readable
+from nascompile.compiler.passes.drop_dead import drop_dead
+from nascompile.compiler.passes.drop_identity import drop_identity
+from nascompile.compiler.passes.functionalize_in_place import functionalize_in_place
+from nascompile.compiler.signature import inputs_like, required_parameters
+from nascompile.compiler.space import choices, unwrap
+from nascompile.compiler.trace import ModelTracer, own_forward
+
+WHOLE = "model"  # the name of the one node when the model's own forward cannot be traced
+
+
+def prune(
+    model: nn.Module,
+    architecture: str | Path | Mapping[str, Any],
+    example_inputs: Any = None,
+    *,
+    weights: str = "inherit",
+) -> fx.GraphModule:
+    """The network of `architecture` as a new GraphModule; `model` is left as it is and shares nothing with it.
+
+    example_inputs: a tensor or a tuple of the arguments of `forward`; needed where arguments are lists, dicts or None.
+    weights: "inherit" copies the model's, "fresh" initialises anew with each module's `reset_parameters`. Parameters are
+    named as in the model after `apply_fixed_architecture`. Where train and eval mode take different ways, the graph
+    follows `train()` and `eval()`. What could not be traced stays a module of its own, listed in
+    `lean.meta["nascompile"]["islands"]`.
+
+    Raises ArchitectureError when the architecture does not fit, NascompileError for weights that cannot be made fresh.
+    """
+    if weights not in ("inherit", "fresh"):
+        raise NascompileError(f'weights is {weights!r}, expected "inherit" or "fresh"')
+    model = unwrap(model)
+    masks = resolve(model, architecture)
+    source = model if weights == "inherit" else _fresh(model)
+    graphs, tracers = {}, {}
+    for training in (True, False):
+        tracers[training] = ModelTracer(source, inline_choices=True)
+        graphs[training] = _trace(tracers[training], masks, example_inputs, training)
+    lean = _assemble(source, graphs, masks)
+    islands = {path: str(island) for tracer in tracers.values() for path, island in tracer.islands.items()}
+    lean.meta["nascompile"].update(
+        architecture={key: readable(choice, masks[key]) for key, choice in choices(model).items()},
+        islands=islands,
+        constants=tracers[True].guards.constants(),
+    )
+    return lean.train(model.training)
+
+
+def load_supernet(lean: fx.GraphModule, state: nn.Module | Mapping[str, torch.Tensor]) -> None:
+    """Copy the weights of a supernet (the model, or its `state_dict`) into a lean network made from it, in place.
+
+    Raises NascompileError naming the first tensor that is missing or has another shape; nothing is copied then.
+    """
+    tensors = unwrap(state).state_dict() if isinstance(state, nn.Module) else state
+    names = lean.meta["nascompile"]["names"]
+    own = lean.state_dict()
+    for name, tensor in own.items():
+        source = names[name]
+        if source not in tensors:
+            raise NascompileError(f"the supernet has no tensor {source!r}, which {name!r} of the lean network needs")
+        if tensors[source].shape != tensor.shape:
+            raise NascompileError(
+                f"{source!r} of the supernet has shape {tuple(tensors[source].shape)}, expected {tuple(tensor.shape)}"
+            )
+    lean.load_state_dict({name: tensors[names[name]] for name in own})
+
+
+class _Decided(Mutator):
+    """Carries out fixed decisions on proxies, without being bound to the model."""
+
+    def __init__(self, masks: Mapping[str, Mask]) -> None:
+        nn.Module.__init__(self)
+        self.masks = masks
+
+    def on_forward_layer_choice(self, mutable: LayerChoice, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        mask = self.masks[mutable.key]
+        selection = read_mask(mask, len(mutable), mutable.key)
+        outputs = [mutable[index](*args, **kwargs) for index in selection.indices]
+        return reduce_fixed(outputs, fixed_weights(selection), mutable.reduction), mask
+
+    def on_forward_input_choice(self, mutable: InputChoice, tensor_list: list[Any]) -> tuple[Any, Any]:
+        mask = self.masks[mutable.key]
+        selection = read_mask(mask, len(mutable), mutable.key)
+        chosen = [tensor_list[index] for index in selection.indices]
+        return reduce_fixed(chosen, fixed_weights(selection), mutable.reduction), mask
+
+
+def _trace(tracer: ModelTracer, masks: Mapping[str, Mask], example_inputs: Any, training: bool) -> fx.Graph:
+    args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    forward = own_forward(tracer.root)
+    with _mode(tracer.root, training), forced_mutator(_Decided(masks)):
+        if example_inputs is None:
+            traced = tracer.trace_guessed("")
+        else:
+            traced = tracer.trace_module("", lambda t: inputs_like(t, forward, args, {}))
+    if not traced:
+        tracer.graph = _one_node(tracer, forward, args, example_inputs is None)
+        return tracer.graph
+    gm = _scratch(tracer.root, tracer.graph, tracer)
+    for one in (drop_identity, drop_dead, functionalize_in_place):
+        one(gm)
+    return gm.graph
+
+
+def _one_node(tracer: ModelTracer, forward: Any, args: tuple[Any, ...], guess: bool) -> fx.Graph:
+    graph = fx.Graph()
+    names = [p.name for p in (required_parameters(forward) if guess else inspect.signature(forward).parameters.values())]
+    used = names if guess else names[: len(args)]
+    graph.output(graph.call_module(WHOLE, tuple(graph.placeholder(name) for name in used)))
+    return graph
+
+
+def _scratch(root: nn.Module, graph: fx.Graph, tracer: ModelTracer) -> fx.GraphModule:
+    gm = fx.GraphModule(nn.Module(), fx.Graph())
+    gm.__dict__.update({name: root.__dict__[name] for name in ("_modules", "_parameters", "_buffers")})
+    gm.meta.update(guards=tracer.guards, notes=tracer.notes, tracer=tracer)
+    gm.graph = graph
+    return gm
+
+
+def _assemble(source: nn.Module, graphs: dict[bool, fx.Graph], masks: Mapping[str, Mask]) -> fx.GraphModule:
+    """Copies of what the graphs use, under the names of the fixed model, as one GraphModule."""
+    memo: dict[int, Any] = {}
+    parts: dict[str, Any] = {}
+    names: dict[str, str] = {}
+    volatile: set[str] = set()
+    for graph in graphs.values():
+        for node in graph.nodes:
+            if node.op not in ("call_module", "get_attr"):
+                continue
+            path = str(node.target)
+            lean_name = path if path == WHOLE and not hasattr(source, WHOLE) else _lean_name(source, path, masks)
+            if lean_name not in parts:
+                part = source if path == WHOLE and not hasattr(source, WHOLE) else _get(source, path)
+                names.update(_names_of(part, path if part is not source else "", lean_name, masks))
+                if isinstance(part, torch.Tensor) and _is_volatile(source, path):
+                    volatile.add(lean_name)
+                parts[lean_name] = _copy(part, masks, memo)
+            node.target = lean_name
+    train, evaluation = graphs[True], graphs[False]
+    lean = fx.GraphModule(parts, train) if same_graph(train, evaluation) else LeanModule(parts, graphs)
+    for name in volatile:
+        owner, _, attribute = name.rpartition(".")
+        lean.get_submodule(owner)._non_persistent_buffers_set.add(attribute)
+    names = {name: names[name] for name in lean.state_dict()}
+    lean.meta["nascompile"] = {"names": names}
+    _assert_lean(lean)
+    return lean
+
+
+def _assert_lean(lean: fx.GraphModule) -> None:
+    left = [name for name, module in lean.named_modules() if isinstance(module, Mutable)]
+    assert not left, f"choices are left in the lean network: {left}"
+
+
+def _copy(part: Any, masks: Mapping[str, Mask], memo: dict[int, Any]) -> Any:
+    clone = copy.deepcopy(part, memo)
+    if isinstance(clone, nn.Module):
+        clone = fix_choices(clone, masks)
+    return clone
+
+
+def _get(root: nn.Module, path: str) -> Any:
+    owner, _, name = path.rpartition(".")
+    return getattr(root.get_submodule(owner), name)
+
+
+def _is_volatile(root: nn.Module, path: str) -> bool:
+    owner, _, name = path.rpartition(".")
+    module = root.get_submodule(owner)
+    return name not in module._parameters and (
+        name not in module._buffers or name in module._non_persistent_buffers_set
+    )
+
+
+def _lean_name(root: nn.Module, path: str, masks: Mapping[str, Mask]) -> str:
+    """The path after every choice with one hard-chosen layer has given its place to that layer."""
+    kept: list[str] = []
+    module: Any = root
+    for depth, name in enumerate(path.split(".")):
+        # a choice that is the whole model has no place in a parent to give away
+        gives_way = depth > 0 and isinstance(module, LayerChoice) and module.key in masks
+        if not (gives_way and single_choice(module, masks[module.key]) == name):
+            kept.append(name)
+        module = getattr(module, name)
+    return ".".join(kept)
+
+
+def _names_of(part: Any, path: str, lean_name: str, masks: Mapping[str, Mask]) -> dict[str, str]:
+    if isinstance(part, torch.Tensor):
+        return {lean_name: path}
+    found = {}
+    for name in part.state_dict():
+        inner = _lean_name(part, name, masks) if not isinstance(part, LayerChoice) else name
+        found[f"{lean_name}.{inner}"] = f"{path}.{name}" if path else name
+    return found
+
+
+@contextmanager
+def _mode(model: nn.Module, training: bool) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    frozen = _frozen(model)
+    try:
+        for module, _ in modes:
+            module.training = training and module not in frozen
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _frozen(model: nn.Module) -> set[nn.Module]:
+    """Modules that the user holds in eval mode while the model trains."""
+    return {module for module in model.modules() if not module.training} if model.training else set()
+
+
+def _fresh(model: nn.Module) -> nn.Module:
+    clone = copy.deepcopy(model)
+    uncovered: Sequence[str] = [
+        f"{path}.{name}" if path else name
+        for path, module in clone.named_modules()
+        if _reset(module) is None
+        for name in module._parameters
+        if module._parameters[name] is not None
+    ]
+    if uncovered:
+        raise NascompileError(
+            f'weights="fresh": {uncovered[0]!r} belongs to a module without reset_parameters; define it, or use '
+            'weights="inherit"'
+        )
+    for module in clone.modules():
+        reset = _reset(module)
+        if reset is not None:
+            reset()
+    return clone
+
+
+def _reset(module: nn.Module) -> Any:
+    return getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
