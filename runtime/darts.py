@@ -1,0 +1,122 @@
+"""DARTS: architecture and weights by gradient descent in turns (Liu 2018, arXiv 1806.09055)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from nascompile.compiler.errors import NascompileError
+from nascompile.runtime.batches import Batch
+from nascompile.runtime.bilevel import unrolled_gradient
+from nascompile.runtime.callbacks import Callback
+from nascompile.runtime.darts_mutator import DartsMutator
+from nascompile.runtime.loading import EpochLoader, split_indices
+from nascompile.runtime.meters import AverageMeterGroup
+from nascompile.runtime.randomness import new_generator
+from nascompile.runtime.trainer import Loss, Metrics, Trainer, prepare_run
+
+
+class DartsTrainer(Trainer):
+    """DARTS with the signature of NNI 1.x; further keyword arguments are those of `Trainer`.
+
+    `dataset_train` is split at random into two halves, one for the weights and one for the architecture. Each
+    step first moves the architecture parameters (Adam, `arc_learning_rate`, betas 0.5 and 0.999, weight decay
+    1e-3) down the loss on a batch of the second half, then the weights down the loss on a batch of the first.
+    With `unrolled`, the architecture follows the validation loss after the next step of the weights (second
+    order; see `nascompile.runtime.bilevel.unrolled_gradient`, also for what an optimizer other than SGD
+    means); it leaves weights and BatchNorm's running statistics untouched, costs about four times the first
+    order, and does not go with precision "fp16". In the first order, the architecture step's forward pass
+    counts in the running statistics, as in the reference.
+    """
+
+    mutator: DartsMutator
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        metrics: Metrics | None,
+        optimizer: torch.optim.Optimizer,
+        num_epochs: int,
+        dataset_train: Dataset[Any],
+        dataset_valid: Dataset[Any],
+        mutator: DartsMutator | None = None,
+        batch_size: int = 64,
+        workers: int = 4,
+        device: torch.device | str | None = None,
+        log_frequency: int | None = None,
+        callbacks: Sequence[Callback] | None = None,
+        arc_learning_rate: float = 3.0e-4,
+        unrolled: bool = False,
+        *,
+        seed: int | None = None,
+        **options: Any,
+    ) -> None:
+        if unrolled and options.get("precision") == "fp16":
+            raise NascompileError('unrolled=True does not go with precision "fp16"; use "bf16" or "no"')
+        mutator = prepare_run(model, mutator, DartsMutator, seed)
+        super().__init__(
+            model, mutator, loss, metrics, optimizer, num_epochs, dataset_train, dataset_valid,
+            batch_size, workers, device, log_frequency, callbacks, **options,
+        )  # fmt: skip
+        self.unrolled = unrolled
+        self.mutator.to(self.device)
+        self.alphas: list[nn.Parameter] = [p for p in self.mutator.parameters() if p.requires_grad]
+        if not self.alphas:
+            raise NascompileError("DARTS has nothing to search: the model has no LayerChoice")
+        self.ctrl_optim = torch.optim.Adam(
+            self.alphas, arc_learning_rate, betas=(0.5, 0.999), weight_decay=1e-3
+        )
+        self._prepared_ctrl = self.acceleration.prepare(self.ctrl_optim)
+        for_weights, for_alphas = split_indices(dataset_train, 0.5, new_generator())
+        self.train_loader = self.make_loader(dataset_train, indices=for_weights)
+        self.valid_loader = self.make_loader(dataset_train, indices=for_alphas)
+        self.begin_callbacks()
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The batches of the smaller half."""
+        return min(len(self.train_loader), len(self.valid_loader))
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """The optimizers of the weights and of the architecture."""
+        return {"model": self.optimizer, "architecture": self.ctrl_optim}
+
+    def loaders(self) -> dict[str, EpochLoader]:
+        """The two halves."""
+        return {"train": self.train_loader, "valid": self.valid_loader}
+
+    def train_one_epoch(self, epoch: int) -> dict[str, float]:
+        """Alternate steps of the architecture and of the weights."""
+        self.set_training(True)
+        self.mutator.train()
+        meters = AverageMeterGroup()
+        for raw_train, raw_valid in zip(self.train_loader, self.valid_loader, strict=False):
+            train, valid = self.split(raw_train), self.split(raw_valid)
+            self.architecture_step(train, valid)
+            self.decide()
+            self.weight_step(train, meters, epoch)
+        return meters.averages()
+
+    def architecture_step(self, train: Batch, valid: Batch) -> None:
+        """One step of the architecture parameters."""
+        for alpha in self.alphas:
+            alpha.grad = None
+        if self.unrolled:
+            gradients = unrolled_gradient(
+                lambda: self._loss(train), lambda: self._loss(valid), self.optimizer, self.alphas,
+                buffers=list(self.model.buffers()),
+            )  # fmt: skip
+            for alpha, gradient in zip(self.alphas, gradients, strict=True):
+                alpha.grad = gradient
+        else:
+            self.acceleration.backward(self._loss(valid), self.alphas)
+        self._prepared_ctrl.step()
+
+    def _loss(self, batch: Batch) -> Tensor:
+        self.mutator.reset()
+        return self.forward(batch)[1]
