@@ -3,7 +3,7 @@
 The extension is built by CMake (CMakeLists.txt) against the torch of the target environment. Where torch, a
 compiler or CMake is missing the package installs as pure Python and says so. Environment variables:
 NASCOMPILE_BUILD_EXT=1 makes a missing extension an error, =0 leaves it out;
-NASCOMPILE_CUDA=1 demands the CUDA kernels, =0 leaves them out (else: built for a CUDA torch if nvcc is found).
+NASCOMPILE_CUDA=1 demands the CUDA kernels, =0 leaves them out (else: for a CUDA torch where nvcc is found).
 """
 
 from __future__ import annotations
