@@ -46,6 +46,10 @@ inline bool same_layout(const Tensor& a, const Tensor& b) {
   return true;
 }
 
+// Raise where the weights or a tensor do not fit the first tensor; defined in mixed_sum.cpp.
+void check_weights(const Tensor& weights, size_t count, Type type);
+void check_like(const Tensor& tensor, const Tensor& first);
+
 // The memory order of a dense result, and the strides of other tensors of its shape in that order.
 class MemoryOrder {
  public:
