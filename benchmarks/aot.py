@@ -1,4 +1,4 @@
-"""Compile every Triton kernel ahead of time, without a GPU, and print its registers, spills and shared memory.
+"""Compile every Triton kernel ahead of time, without a GPU: its registers, spills and shared memory.
 
     python benchmarks/aot.py [--capability 80 --capability 90] [--json]
 

@@ -1,7 +1,7 @@
-"""The mixed sum in Triton: one kernel each for forward and backward; imported where a GPU tensor first needs it.
+"""The mixed sum in Triton: a kernel for forward, one for backward; imported when a GPU tensor first needs it.
 
-Both read dense tensors in the memory order of the result; tensors that lie differently are copied first. Sums go
-through one partial value per program and one reduction: no atomics, so results repeat bit for bit.
+Both read dense tensors in the memory order of the result; tensors that lie differently are copied first.
+Sums go through one partial value per program and one reduction: no atomics, so results repeat bit for bit.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ class Compilation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resources:
-    """What one thread (registers, spilled bytes) and one program (shared bytes) of a compiled kernel takes."""
+    """What a compiled kernel takes: registers and spilled bytes a thread, shared bytes a program."""
 
     registers: int
     spilled: int
@@ -55,7 +55,7 @@ class Resources:
 
 
 def compile_ahead(case: Compilation, capability: int) -> Resources:
-    """Compile a kernel for a compute capability such as 90, without a GPU; not where kernels are interpreted."""
+    """Compile a kernel for a compute capability such as 90, without a GPU; not under the interpreter."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
