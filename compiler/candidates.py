@@ -1,8 +1,10 @@
-"""Reads a candidate: the stateless steps it begins with, and the rest as a function of their result."""
+"""Reads a candidate: the stateless steps it begins with, and the rest as a function of their result.
+
+Candidates of equal structure (types, attributes, shapes) are read once: what was found is relative to the candidate.
+"""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +14,13 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from nascompile.compiler.codegen import as_function
-from nascompile.compiler.guards import fingerprint, has_hooks
-from nascompile.compiler.inplace import is_in_place, is_view, mutated_value
+from nascompile.compiler.guards import Guards, fingerprint, has_hooks
+from nascompile.compiler.inplace import base_of, is_in_place, mutated_value
 from nascompile.compiler.mutables import Mutable
 from nascompile.compiler.signature import required_parameters
 from nascompile.compiler.trace import ModelTracer, is_builtin, own_forward
 
+_INTERNAL = frozenset(nn.Module().__dict__)
 _STATELESS_MODULES = (
     (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.Tanh)
     + (nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Softplus)
@@ -33,64 +36,80 @@ _STATELESS_FUNCTIONS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """`prefix`: the leading stateless nodes; `keys`: equal for equal prefixes; `body()`: the rest, as a function."""
+    """`prefix`: the leading stateless nodes, their targets relative to the candidate; `keys`: equal for equal prefixes.
+
+    `body(candidate, value)` computes the rest from the prefix's value. `read` and `looked_into` are the attributes and
+    modules that the reading took for granted, by path inside the candidate.
+    """
 
     prefix: tuple[fx.Node, ...]
     keys: tuple[Any, ...]
-    body: Callable[[], Callable[[Any], Any]]
+    body: Callable[[nn.Module, Any], Any] | None
+    read: tuple[tuple[str, str], ...]
+    looked_into: tuple[str, ...]
+
+    def guard(self, candidate: nn.Module, guards: Guards, place: tuple[dict[str, Any], str]) -> None:
+        """Make what was taken for granted a condition of the trace that uses it; `place` is the candidate's own."""
+        for path, name in self.read:
+            module = candidate.get_submodule(path)
+            guards.saw(module, name, module.__dict__[name])
+        for path in ("", *self.looked_into):
+            parent, _, name = path.rpartition(".")
+            home = (candidate.get_submodule(parent)._modules, name) if path else place
+            guards.traced(candidate.get_submodule(path), home)
 
 
-def read_candidate(tracer: ModelTracer, path: str) -> Candidate | str:
-    """Trace the candidate at `path` as a function of one value; a string says why its inside cannot be used."""
-    module = tracer.root.get_submodule(path)
+def structure(module: nn.Module) -> Any:
+    """Equal for modules that a trace cannot tell apart except by their weights."""
+    if has_hooks(module) or "forward" in module.__dict__:
+        return id(module)
+    config = {name: value for name, value in module.__dict__.items() if name not in _INTERNAL}
+    tensors = [(name, t if t is None else t.shape) for name, t in (*module._parameters.items(), *module._buffers.items())]
+    children = [(name, child if child is None else structure(child)) for name, child in module._modules.items()]
+    return type(module), module.training, fingerprint(config), tuple(tensors), tuple(children)
+
+
+def read_candidate(module: nn.Module) -> Candidate | str:
+    """Read the candidate as a function of one value; a string says why its inside cannot be used."""
     if any(isinstance(child, Mutable) for child in module.modules()):
         return "contains choices of its own"
-    graph = _trace(tracer, path, module)
+    tracer = ModelTracer(module)
+    graph = _graph(tracer, module)
     if isinstance(graph, str):
         return graph
-    gm = _graph_module(tracer.root, graph)
+    gm = fx.GraphModule(nn.Module(), fx.Graph())
+    gm.__dict__.update({"_modules": {**module._modules, "self": module}, "_parameters": module._parameters})
     source = next(node for node in graph.nodes if node.op == "placeholder")
-    for node in graph.nodes:
-        changed = mutated_value(gm, node)
-        while changed is not None and is_view(gm, changed) and isinstance(changed.args[0], fx.Node):
-            changed = changed.args[0]
-        if changed is source:
-            return "changes its input in place"
+    changed = {base_of(gm, value) for node in graph.nodes if (value := mutated_value(gm, node)) is not None}
+    if source in changed:
+        return "changes its input in place"
     prefix: list[fx.Node] = []
-    while len(source.users) == 1:
-        step = next(iter(source.users))
-        if not _is_stateless(gm, step):
+    value = source
+    while len(value.users) == 1:
+        step = next(iter(value.users))
+        if not _is_stateless(gm, step) or step in changed:
             break
         prefix.append(step)
-        source = step
-    # a value that is changed in place afterwards must not be shared
-    while prefix and any(mutated_value(gm, user) is prefix[-1] for user in prefix[-1].users):
-        prefix.pop()
+        value = step
     keys = tuple(_key(gm, step) for step in prefix)
-    return Candidate(tuple(prefix), keys, functools.partial(_body, tracer.root, graph, tuple(prefix)))
+    body = _body(graph, tuple(prefix)) if prefix else None
+    read, looked_into = tracer.guards.paths(tracer.paths)
+    return Candidate(tuple(prefix), keys, body, read, looked_into)
 
 
-def _trace(tracer: ModelTracer, path: str, module: nn.Module) -> fx.Graph | str:
+def _graph(tracer: ModelTracer, module: nn.Module) -> fx.Graph | str:
     if is_builtin(module):
+        # one operation, called by the name under which `read_candidate` knows the candidate itself
         graph = fx.Graph()
-        value = graph.call_module(path, (graph.placeholder("x"),))
-        graph.output(value)
+        graph.output(graph.call_module("self", (graph.placeholder("x"),)))
         return graph
     required = required_parameters(own_forward(module))
     if len(required) != 1:
         return f"takes {len(required)} arguments"
-    if not tracer.trace_guessed(path):
-        return tracer.islands.pop(path).reason
-    inner = next((p for p in tracer.islands if p == path or p.startswith(path + ".")), None)
-    if inner is not None:
-        return tracer.islands.pop(inner).reason
+    tracer.trace_guessed("")
+    if tracer.islands or tracer.notes:
+        return next((island.reason for island in tracer.islands.values()), None) or next(iter(tracer.notes.values()))
     return tracer.graph
-
-
-def _graph_module(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
-    gm = fx.GraphModule(nn.Module(), fx.Graph())
-    gm.__dict__["_modules"], gm.__dict__["_parameters"] = root._modules, root._parameters
-    return gm
 
 
 def _is_stateless(gm: fx.GraphModule, node: fx.Node) -> bool:
@@ -106,21 +125,15 @@ def _is_stateless(gm: fx.GraphModule, node: fx.Node) -> bool:
 def _key(gm: fx.GraphModule, node: fx.Node) -> Any:
     if node.op == "call_module":
         module = gm.get_submodule(str(node.target))
-        internal = nn.Module().__dict__
-        config = {name: value for name, value in module.__dict__.items() if name not in internal}
+        config = {name: value for name, value in module.__dict__.items() if name not in _INTERNAL}
         return type(module), fingerprint(config)
     return node.target, fingerprint(node.args[1:]), fingerprint(dict(node.kwargs))
 
 
-def _body(root: nn.Module, graph: fx.Graph, prefix: tuple[fx.Node, ...]) -> Callable[[Any], Any]:
+def _body(graph: fx.Graph, prefix: tuple[fx.Node, ...]) -> Callable[[nn.Module, Any], Any]:
     rest = fx.Graph()
-    mapping: dict[fx.Node, fx.Node] = {}
+    mapping: dict[fx.Node, fx.Node] = {prefix[-1]: rest.placeholder("x")}
     for node in graph.nodes:
-        if node.op == "placeholder":
-            if node.users:
-                mapping[node] = rest.placeholder("x")
-        elif node is prefix[-1]:
-            mapping[node] = next(iter(rest.nodes))
-        elif node not in prefix:
+        if node.op != "placeholder" and node not in prefix:
             mapping[node] = rest.node_copy(node, lambda n: mapping[n])
-    return functools.partial(as_function(rest, "candidate"), root)
+    return as_function(rest, "candidate")

@@ -59,6 +59,11 @@ class Guards:
                 _put_back(container, content)
                 raise NotTraceable(f"changes {name} in forward")
 
+    def paths(self, names: dict[nn.Module, str]) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
+        """What was read, as (module path, attribute), and the paths of the modules looked into."""
+        read = tuple((names[module], name) for module, name, _, _ in self._attributes.values())
+        return read, tuple(names[module] for module in self._modules.values())
+
     def constants(self) -> dict[str, Any]:
         """The plain attributes that were read, by class and name; modes left out."""
         found = {}

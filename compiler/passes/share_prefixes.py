@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
 
-from nascompile.compiler.candidates import Candidate, read_candidate
+from nascompile.compiler.candidates import Candidate, read_candidate, structure
 from nascompile.compiler.inplace import base_of, mutated_value
 from nascompile.compiler.lower import LoweredLayerChoice, Shared
-from nascompile.compiler.trace import ModelTracer
 
 
 @dataclass(frozen=True, slots=True)
 class _Consumer:
     node: fx.Node
     index: int
+    path: str
+    module: nn.Module
     candidate: Candidate
 
 
@@ -51,7 +53,7 @@ def _choices_by_source(gm: fx.GraphModule) -> dict[fx.Node, list[fx.Node]]:
 
 
 def _consumers(gm: fx.GraphModule, nodes: list[fx.Node]) -> tuple[list[_Consumer], str | None]:
-    tracer: ModelTracer = gm.meta["tracer"]
+    known: dict[Any, Candidate | str] = gm.meta.setdefault("candidates", {})
     found = []
     for node in nodes:
         choice: Any = node.target.choice  # type: ignore[union-attr]
@@ -59,10 +61,13 @@ def _consumers(gm: fx.GraphModule, nodes: list[fx.Node]) -> tuple[list[_Consumer
             if module is None:
                 continue
             path = f"{node.target.path}.{name}" if node.target.path else name  # type: ignore[union-attr]
-            candidate = read_candidate(tracer, path)
+            key = structure(module)
+            if key not in known:
+                known[key] = read_candidate(module)
+            candidate = known[key]
             if isinstance(candidate, str):
                 return [], f"candidate {path!r} {candidate}"
-            found.append(_Consumer(node, index, candidate))
+            found.append(_Consumer(node, index, path, module, candidate))
     return found, None
 
 
@@ -79,12 +84,15 @@ def _share(gm: fx.GraphModule, source: fx.Node, consumers: list[_Consumer]) -> i
             chain = keys[: depth + 1]
             if chain not in made:
                 with gm.graph.inserting_before(_first_user(gm, consumers)):
-                    made[chain] = _shared_node(gm, step, value)
+                    made[chain] = _shared_node(gm, step, consumer, value)
             else:
                 saved += 1
             value = made[chain]
         target: LoweredLayerChoice = consumer.node.target  # type: ignore[assignment]
-        target.bodies[consumer.index] = consumer.candidate.body()
+        assert consumer.candidate.body is not None
+        target.bodies[consumer.index] = functools.partial(consumer.candidate.body, consumer.module)
+        place = (target.choice._modules, target.choice.names[consumer.index])  # type: ignore[union-attr]
+        consumer.candidate.guard(consumer.module, gm.meta["guards"], place)
         shared = list(consumer.node.args[0])  # type: ignore[arg-type]
         shared[consumer.index] = value
         consumer.node.args = (tuple(shared), *consumer.node.args[1:])
@@ -96,15 +104,17 @@ def _first_user(gm: fx.GraphModule, consumers: list[_Consumer]) -> fx.Node:
     return next(node for node in gm.graph.nodes if node in nodes)
 
 
-def _shared_node(gm: fx.GraphModule, step: fx.Node, value: fx.Node) -> fx.Node:
+def _shared_node(gm: fx.GraphModule, step: fx.Node, consumer: _Consumer, value: fx.Node) -> fx.Node:
+    function: Any = step.target
     if step.op == "call_module":
-        module = gm.get_submodule(str(step.target))
-        gm.meta["guards"].traced(module)
+        # "self": the candidate is that one module
+        path = consumer.path if step.target == "self" else f"{consumer.path}.{step.target}"
+        module = gm.get_submodule(path)
+        parent, _, name = path.rpartition(".")
+        gm.meta["guards"].traced(module, (gm.get_submodule(parent)._modules, name))
         for name in config_names(module):
             gm.meta["guards"].saw(module, name, module.__dict__[name])
-        function: Any = gm.graph.get_attr(str(step.target))
-    else:
-        function = step.target
+        function = gm.graph.get_attr(path)
     return gm.graph.call_function(Shared, (function, value, *step.args[1:]), dict(step.kwargs))
 
 
