@@ -1,0 +1,6 @@
+"""`python -m nascompile`."""
+
+from nascompile.cli import main
+
+if __name__ == "__main__":
+    main()
