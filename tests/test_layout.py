@@ -14,9 +14,8 @@ from pathlib import Path
 import pytest
 
 from scripts.link_typings import link_typings
+from tests.repository import PACKAGES, ROOT, module_name, python_files, relative, repository_files
 
-ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("kernels", "compiler", "runtime", "spaces", "nascompile")
 OTHER_CODE = ("tests", "benchmarks", "examples", "scripts")
 
 # what each package may import of nascompile, besides itself and the module nascompile._C (kernels only)
@@ -45,27 +44,9 @@ FORBIDDEN = re.compile(
 )
 
 
-def repository_files() -> list[Path]:
-    """Every file that git tracks or would track; in an unpacked archive, all but what a build leaves."""
-    if not (ROOT / ".git").exists():
-        left = re.compile(r"(^|/)(build|dist|typings|runs|__pycache__|\.[^/]*|[^/]*\.egg-info)/")
-        return [path for path in ROOT.rglob("*") if path.is_file() and not left.search(relative(path))]
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
-    listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    return [ROOT / name for name in listing.split("\0") if name and (ROOT / name).is_file()]
-
-
-def python_files(*folders: str) -> list[Path]:
-    return sorted(p for p in repository_files() if p.suffix == ".py" and relative(p).split("/")[0] in folders)
-
-
 @cache
 def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
-
-
-def relative(path: Path) -> str:
-    return path.relative_to(ROOT).as_posix()
 
 
 def imported_modules(tree: ast.AST) -> Iterator[tuple[str, int]]:
@@ -147,12 +128,6 @@ def test_folders_are_not_imported_by_their_bare_names() -> None:
         if module.split(".")[0] in bare
     ]
     assert not found, "\n".join(found)
-
-
-def module_name(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    named = parts if parts[0] == "nascompile" else ("nascompile", *parts)
-    return ".".join(named[:-1] if named[-1] == "__init__" else named)
 
 
 IMPORT_ALL = """
