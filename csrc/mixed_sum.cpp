@@ -59,7 +59,7 @@ Tensor mixed_sum_cpu(const Tensors& inputs, const Tensor& weights) {
     call.inputs[k] = memory.source(inputs[k]);
   }
   read_weights(weights, call.weights);
-  static const auto kernel = NASCOMPILE_PICK(mixed_sum);
+  const auto kernel = NASCOMPILE_PICK(mixed_sum);
   torch::stable::parallel_for(
       0, blocks_of(call.numel), kGrain, [&](int64_t first, int64_t last) { kernel(call, first, last); });
   return out;
@@ -98,7 +98,7 @@ std::tuple<Tensors, Tensor> mixed_sum_backward_cpu(
     partials.resize(blocks_of(call.numel) * call.count);
     call.partials = partials.data();
   }
-  static const auto kernel = NASCOMPILE_PICK(mixed_sum_backward);
+  const auto kernel = NASCOMPILE_PICK(mixed_sum_backward);
   torch::stable::parallel_for(
       0, blocks_of(call.numel), kGrain, [&](int64_t first, int64_t last) { kernel(call, first, last); });
 

@@ -294,6 +294,12 @@ def samples() -> tuple[Sample, ...]:
     )
 
 
+def _operations(inputs: Sequence[Tensor], weights: Tensor) -> tuple[tuple[Any, tuple[Any, ...]], ...]:
+    grad = torch.ones_like(inputs[0])
+    flags = [k % 3 != 1 for k in range(len(inputs))]
+    return (_forward, (inputs, weights)), (_backward, (grad, inputs, weights, flags, True))
+
+
 def _register() -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Define the operators, or find them defined by the extension, and add what Python has to give."""
     module, _ = native.load()
@@ -346,7 +352,7 @@ KERNEL = Kernel(
     function=mixed_sum,
     reference=reference,
     eager=eager,
-    operations=(_forward, _backward),
+    operations=_operations,
     samples=samples,
     implementations=(
         Implementation(name="cuda", why_not=native.why_not_cuda, forward=_forward, backward=_backward),

@@ -37,8 +37,8 @@ class Kernel:
     """One operation and everything that tests, benchmarks and `nascompile doctor` need to know about it.
 
     `function` is the public name (with `implementation=` as its last keyword), `eager` the expression it
-    replaces, `operations` the torch operators behind it, `implementations` the candidates in order of
-    preference; the last one is the reference and never declines.
+    replaces, `operations` gives, for a sample's arguments, the torch operators behind it and what each is called
+    with, `implementations` the candidates in order of preference; the last is the reference and never declines.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Kernel:
     function: Callable[..., Any]
     reference: Callable[..., Any]
     eager: Callable[..., Any]
-    operations: tuple[Any, ...]
+    operations: Callable[..., tuple[tuple[Any, tuple[Any, ...]], ...]]
     samples: Callable[[], tuple[Sample, ...]]
     implementations: tuple[Implementation, ...]
 

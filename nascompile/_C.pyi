@@ -4,7 +4,10 @@ def instruction_sets() -> list[str]:
     """The instruction sets the CPU kernels are built for: "DEFAULT", "AVX2", "AVX512"."""
 
 def selected_instruction_set() -> str:
-    """The one this processor uses."""
+    """The one in use: the best this processor has."""
+
+def select_instruction_set(name: str) -> None:
+    """Use another one, to test it; ValueError where it is not built in or this processor does not have it."""
 
 def cuda_compiled() -> bool:
     """Whether the CUDA kernels are in this build."""

@@ -2,25 +2,36 @@
 
 namespace nascompile {
 
-static Isa detect() {
+bool is_supported(Isa isa) {
 #ifdef NASCOMPILE_X86
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
-  if (avx2 && avx512) {
+  return isa == Isa::plain || (isa == Isa::avx2 && avx2) || (isa == Isa::avx512 && avx2 && avx512);
+#else
+  return isa == Isa::plain;
+#endif
+}
+
+static Isa detect() {
+  if (is_supported(Isa::avx512)) {
     return Isa::avx512;
   }
-  if (avx2) {
-    return Isa::avx2;
-  }
-#endif
-  return Isa::plain;
+  return is_supported(Isa::avx2) ? Isa::avx2 : Isa::plain;
+}
+
+static Isa& current() {
+  static Isa isa = detect();
+  return isa;
 }
 
 Isa selected_isa() {
-  static const Isa isa = detect();
-  return isa;
+  return current();
+}
+
+void select_isa(Isa isa) {
+  current() = isa;
 }
 
 const char* isa_name(Isa isa) {

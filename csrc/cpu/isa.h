@@ -7,8 +7,10 @@ namespace nascompile {
 
 enum class Isa { plain, avx2, avx512 };
 
-// The best instruction set that is built in and that this processor has.
+// The best instruction set that is built in and that this processor has, unless a test chose a lesser one.
 Isa selected_isa();
+bool is_supported(Isa isa);
+void select_isa(Isa isa);
 const char* isa_name(Isa isa);
 
 // Every kernel once per instruction set: cpu/<kernel>.cpp is compiled into each of these namespaces.
