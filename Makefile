@@ -3,7 +3,7 @@
 PYTHON ?= python3
 TORCH ?=
 EXAMPLE ?= examples/digits.py
-DEMO ?= --out runs/demo --retrain 15
+DEMO ?= --out runs/digits --overwrite --epochs 12 --retrain 30
 BENCH ?=
 TESTS ?= tests
 export TORCH
