@@ -138,7 +138,7 @@ class LayerChoice(Mutable):
 
     def __init__(
         self,
-        op_candidates: Sequence[nn.Module | None] | OrderedDict[str, nn.Module | None],
+        op_candidates: Sequence[nn.Module | None] | OrderedDict[str, Any],
         reduction: str = "sum",
         return_mask: bool = False,
         key: str | None = None,

@@ -24,10 +24,12 @@ from nascompile.compiler.mutables import InputChoice, LayerChoice, Mutable, forc
 from nascompile.compiler.mutator import Mutator, readable
 from nascompile.compiler.passes.drop_dead import drop_dead
 from nascompile.compiler.passes.drop_identity import drop_identity
+from nascompile.compiler.passes.drop_zero_terms import LayoutRecorder, drop_zero_terms, makes_zeros
 from nascompile.compiler.passes.functionalize_in_place import functionalize_in_place
 from nascompile.compiler.signature import inputs_like, required_parameters
 from nascompile.compiler.space import choices, unwrap
 from nascompile.compiler.trace import ModelTracer, own_forward
+from nascompile.compiler.verify import state_kept
 
 WHOLE = "model"  # the name of the one node when the model's own forward cannot be traced
 
@@ -119,9 +121,21 @@ def _trace(tracer: ModelTracer, masks: Mapping[str, Mask], example_inputs: Any, 
         tracer.graph = _one_node(tracer, forward, args, example_inputs is None)
         return tracer.graph
     gm = _scratch(tracer.root, tracer.graph, tracer)
-    for one in (drop_identity, drop_dead, functionalize_in_place):
-        one(gm)
+    drop_identity(gm)
+    if example_inputs is not None and makes_zeros(gm):
+        _record_layouts(gm, tracer.root, args)
+        drop_zero_terms(gm)
+    drop_dead(gm)
+    functionalize_in_place(gm)
     return gm.graph
+
+
+def _record_layouts(gm: fx.GraphModule, model: nn.Module, args: tuple[Any, ...]) -> None:
+    # evaluation mode whatever the graph is for: shapes are the same and one example is enough for BatchNorm
+    with state_kept(model, args, {}), _mode(model, False), torch.no_grad():
+        bound = inspect.signature(own_forward(model)).bind(*args)
+        bound.apply_defaults()
+        LayoutRecorder(gm).run(*bound.arguments.values())
 
 
 def _one_node(tracer: ModelTracer, forward: Any, args: tuple[Any, ...], guess: bool) -> fx.Graph:

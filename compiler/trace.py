@@ -236,9 +236,10 @@ class ModelTracer(fx.Tracer):
 
 
 def is_builtin(module: nn.Module) -> bool:
-    """Whether a module is one operation to the tracer: those of torch.nn, and scripted ones."""
-    builtin = type(module).__module__.startswith(("torch.nn", "torch.ao.nn"))
-    return (builtin and not isinstance(module, nn.Sequential)) or isinstance(module, torch.jit.ScriptModule)
+    """Whether a module is one operation to the tracer: a forward of torch.nn, also when inherited, or a scripted one."""
+    definer = next(one for one in type(module).__mro__ if "forward" in one.__dict__)
+    builtin = definer.__module__.startswith(("torch.nn", "torch.ao.nn")) and definer is not nn.Sequential
+    return builtin or isinstance(module, torch.jit.ScriptModule)
 
 
 def own_forward(module: nn.Module) -> Callable[..., Any]:

@@ -55,12 +55,13 @@ def difference(model: nn.Module, compiled: nn.Module, args: tuple[Any, ...], kwa
 
 def _run(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     module: Any = model
-    with _state_kept(module, args, kwargs):
+    with state_kept(module, args, kwargs):
         return model(*args, **kwargs)
 
 
 @contextmanager
-def _state_kept(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+def state_kept(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+    """Put the model's buffers, the arguments and all random states back afterwards."""
     tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
     kept = [(tensor, tensor.detach().clone()) for tensor in [*model.buffers(), *tensors]]
     devices = sorted({t.device.index or 0 for t, _ in kept if t.device.type == "cuda"})
