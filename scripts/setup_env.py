@@ -26,7 +26,7 @@ GPU_TORCH = "torch"
 OTHER_TORCH = "To install another: make TORCH='what pip install takes'"
 # the pairing that torch's own GPU builds pin; a torch that is not listed takes the newest
 TRITON_OF_TORCH = {(2, 11): "triton==3.6.0", (2, 13): "triton==3.7.1"}
-DEV_EXTRAS = ("demo", "onnx", "tensorboard", "dev")
+DEV_EXTRAS = ("demo", "onnx", "dev")
 
 ROOT = Path(__file__).resolve().parent.parent
 STATE = ROOT / "build" / "setup"

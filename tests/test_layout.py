@@ -223,3 +223,17 @@ def test_type_checker_includes_every_folder() -> None:
     checked = {entry.removeprefix("typings/nascompile/").removeprefix("typings/") for entry in included}
     top = {path.relative_to(ROOT).parts[0] for path in repository_files() if path.suffix == ".py"}
     assert top - {"docs"} <= checked
+
+
+def test_every_runtime_dependency_is_imported() -> None:
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    declared = {re.split(r"[<>=!~;\[ ]", line)[0] for line in config["project"]["dependencies"]}
+    imported = {
+        module.split(".")[0]
+        for path in python_files(*PACKAGES)
+        for module, _ in imported_modules(parse(path))
+    }
+    assert "torch" in declared
+    assert declared <= imported
+    needed = imported - set(sys.stdlib_module_names) - {"nascompile", "triton", "cuda"}
+    assert needed <= declared, "imported by a package, but not declared"
