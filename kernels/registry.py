@@ -37,8 +37,9 @@ class Kernel:
     """One operation and everything that tests, benchmarks and `nascompile doctor` need to know about it.
 
     `function` is the public name (with `implementation=` as its last keyword), `eager` the expression it
-    replaces, `operations` gives, for a sample's arguments, the torch operators behind it and what each is called
-    with, `implementations` the candidates in order of preference; the last is the reference and never declines.
+    replaces, `operations` gives, for a sample's arguments, the torch operators behind it and the arguments of
+    each, `implementations` the candidates in order of preference: the last is the reference, which never
+    declines.
     """
 
     name: str

@@ -1,7 +1,8 @@
 """How close a result has to be: the only tolerances of the tests.
 
-A result is compared with the same computation in fp64. Its relative root-mean-square error may be at most twice
-that of the plain torch reference in the same type, or below a small floor. Shape, type and finiteness count too.
+A result is compared with the same computation in fp64. Its relative root-mean-square error may be at most
+twice that of the plain torch reference in the same type, or below a small floor. Shape, type and finiteness
+count too.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ FLOORS = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 1e-3, torch.
 
 
 def relative_error(actual: Tensor, exact: Tensor) -> float:
-    """Root mean square of the difference over that of the exact values; the plain one where those are zero."""
+    """Root mean square of the difference over that of the exact values (the plain one if those are zero)."""
     if exact.numel() == 0:
         return 0.0
     difference = (actual.detach().double() - exact.detach().double()).square().mean().sqrt().item()
@@ -35,7 +36,7 @@ def assert_closer(
 ) -> None:
     """`actual` is as good as `reference`, which has the same type, judged by `exact`, which is in fp64.
 
-    working: the type the computation ran in, where it is not that of the result (a sum of bf16 maps kept in fp32).
+    working: the type the computation ran in, where it is not that of the result (fp32 sums of bf16 maps).
     """
     assert actual.shape == exact.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
     assert actual.dtype == reference.dtype, f"{name}: type {actual.dtype}, expected {reference.dtype}"
@@ -76,7 +77,7 @@ def assert_identical(actual: Tensor, expected: Tensor, *, name: str = "result") 
 
 
 def in_fp64(arguments: Any) -> Any:
-    """The same arguments with every floating tensor as a new fp64 leaf that requires grad where the old one did."""
+    """The arguments with every floating tensor as a new fp64 leaf, requiring grad where the old one did."""
 
     def widen(value: Any) -> Any:
         if isinstance(value, Tensor) and value.is_floating_point():

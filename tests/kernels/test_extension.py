@@ -1,4 +1,4 @@
-"""The C++ extension: every instruction set that this processor has, and the agreement of its two descriptions."""
+"""The C++ extension: every instruction set that this processor has, and what its operators refuse."""
 
 from __future__ import annotations
 

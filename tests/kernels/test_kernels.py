@@ -1,6 +1,6 @@
-"""What every kernel owes, over `kernels.ALL`: each implementation that this machine can run, each sample, each type.
+"""What every kernel owes, over `kernels.ALL`: each implementation this machine can run, each sample and type.
 
-test_interpreted.py runs this file again under Triton's interpreter, test_without_extension.py without the extension.
+test_other_processes.py runs this file again under Triton's interpreter, and without the extension.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def threads() -> Iterator[Callable[[int], None]]:
 
 @over_implementations
 def test_repeats_bit_for_bit(kernel, implementation, device, threads):
-    # the sums of our kernels do not depend on the number of threads; torch's own do, so the reference is spared that
+    # the sums of our kernels do not depend on the number of threads; those of torch, and the reference, do
     counts = (1, 1) if implementation == "reference" or not native.load()[0] else (1, 2, 3)
     for sample in kernel.samples():
         arguments = sample.make(torch.float32, device)

@@ -43,6 +43,7 @@ def passed(result: subprocess.CompletedProcess[str]) -> int:
     return int(found.group(1))
 
 
+@pytest.mark.slow
 @needs_triton
 def test_triton_kernels_in_the_interpreter():
     result = run(
@@ -53,11 +54,13 @@ def test_triton_kernels_in_the_interpreter():
     assert passed(result) >= 10
 
 
+@pytest.mark.slow
 def test_the_table_holds_without_the_extension():
-    script = (
-        "import sys, pytest; sys.modules['nascompile._C'] = None; "
-        f"sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '{TABLE}', '-k', 'default or opcheck or compiles']))"
-    )
+    script = f"""
+import sys, pytest
+sys.modules["nascompile._C"] = None
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "{TABLE}", "-k", "default or opcheck or compiles"]))
+"""
     result = run([sys.executable, "-c", script])
     assert passed(result) >= 20
 
