@@ -1,4 +1,4 @@
-"""The gate of every benchmark: a kernel that is wrong gets no ratio. The tolerances are those of the tests."""
+"""The gate of every benchmark: a wrong kernel gets no ratio. The tolerances are those of the tests."""
 
 from __future__ import annotations
 

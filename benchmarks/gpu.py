@@ -7,8 +7,8 @@
 3. time them against the plain expression and torch.compile, in fp32 and bf16, next to the time of a copy;
 4. profile the slowest of our kernels with ncu, where it is installed.
 
-Results: gpu.csv, gpu.txt (the log) and ncu.txt in the folder. The exit status is 1 where a comparison fails; then
-no ratio is printed.
+Results: gpu.csv, gpu.txt (the log) and ncu.txt in the folder. The exit status is 1 where a comparison fails;
+then no ratio is printed.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def steps(
     def both() -> object:
         return torch.autograd.grad(function(maps, weights), leaves, grad)
 
-    # forward reads the maps and writes one; backward reads the gradient and the maps and writes their gradients
+    # forward reads the maps and writes one; backward reads the gradient and the maps, writes their gradients
     return {"forward": (forward, (count + 1) * size), "both": (both, (count + 1 + 2 * count + 1) * size)}
 
 

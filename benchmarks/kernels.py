@@ -1,4 +1,4 @@
-"""The suite over `kernels.ALL`: our kernel, the plain expression, the same in channels-last, and torch.compile."""
+"""The suite over `kernels.ALL`: our kernel, the plain expression, either in channels-last, torch.compile."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Run the benchmark suites of this machine: a table on the terminal, a CSV and a picture under benchmarks/results/.
+"""Run the benchmarks of this machine: a table on the terminal, a CSV and a picture in benchmarks/results/.
 
     python benchmarks/run.py [--suite kernels] [--threads 2] [--no-compile] [--out benchmarks/results]
 
-Correctness comes first: where a comparison fails no ratio is printed, and the exit status is 1. A ratio is the time
-of the fastest other peer over ours, so 2.0 means twice as fast as the best of them.
+Correctness comes first: where a comparison fails no ratio is printed, and the exit status is 1. A ratio is
+the time of the fastest other peer over ours, so 2.0 means twice as fast as the best of them.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
 from benchmarks import kernels
 from benchmarks.timing import keep_memory, machine
 
+RESULTS = Path(__file__).resolve().parent / "results"
 # every suite yields rows with the columns below; a new suite is one file and one line
 SUITES: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
     "kernels": kernels.rows,
@@ -83,7 +83,7 @@ def main() -> int:
     parser.add_argument("--suite", choices=sorted(SUITES), action="append", help="default: all of them")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile as a peer")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     keep_memory()

@@ -25,8 +25,8 @@ class Timing:
 def keep_memory() -> None:
     """Stop glibc from returning freed memory: a fresh page costs more than the kernel that writes it.
 
-    A training step reuses its memory; a benchmark that allocates and frees one result at a time would time the
-    operating system instead. It holds for all peers alike. Does nothing where there is no glibc.
+    A training step reuses its memory; a benchmark that allocates and frees one result at a time would time
+    the operating system instead. It holds for all peers alike. Does nothing where there is no glibc.
     """
     if platform.libc_ver()[0] != "glibc":
         return
@@ -42,7 +42,7 @@ def summarise(milliseconds: list[float]) -> Timing:
 
 
 def time_on_cpu(calls: dict[str, Callable[[], object]], *, seconds: float) -> dict[str, Timing]:
-    """Time every call, in turn, until `seconds` have passed; in turn, so that a busy moment hits all alike."""
+    """Time the calls in turn until `seconds` have passed: in turn, so that a busy moment hits all alike."""
     found: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
