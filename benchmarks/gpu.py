@@ -25,19 +25,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-COLUMNS = (
-    "name",
-    "case",
-    "dtype",
-    "peer",
-    "median_ms",
-    "p20_ms",
-    "p80_ms",
-    "gb_per_s",
-    "ratio",
-    "gpu",
-    "versions",
-)
+TIMES = ("median_ms", "p20_ms", "p80_ms", "gb_per_s", "ratio")
+COLUMNS: list[str] = ["name", "case", "dtype", "peer", *TIMES, "gpu", "versions"]
 SHAPES = ((8, (256, 16, 32, 32)), (8, (256, 64, 8, 8)), (8, (64, 64, 56, 56)), (3, (256, 16, 32, 32)))
 
 

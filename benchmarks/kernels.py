@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from benchmarks.correctness import check, failures
 from benchmarks.timing import time_on_cpu
@@ -53,7 +53,7 @@ def channels_last(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def forward_backward(function: Callable[..., Tensor], arguments: tuple[Any, ...]) -> Callable[[], object]:
     """One step: the output and all gradients, for a gradient in the output's layout."""
-    leaves = torch.utils._pytree.tree_leaves(arguments)
+    leaves = tree_leaves(arguments)
     grad = torch.randn_like(function(*arguments))
     return lambda: torch.autograd.grad(function(*arguments), leaves, grad)
 

@@ -36,7 +36,7 @@ def _forward_kernel(
     inside = offsets < numel
     wide: tl.constexpr = weights_ptr.dtype.element_ty
     total = tl.zeros((BLOCK,), dtype=wide)
-    for k in tl.static_range(COUNT):
+    for k in tl.static_range(COUNT):  # pyright: ignore[reportGeneralTypeIssues]
         weight = tl.load(weights_ptr + k)
         total += weight * tl.load(inputs[k] + offsets, mask=inside, other=0.0).to(wide)
     tl.store(out_ptr + offsets, total.to(out_ptr.dtype.element_ty), mask=inside)
@@ -60,7 +60,7 @@ def _backward_kernel(
     inside = offsets < numel
     wide: tl.constexpr = weights_ptr.dtype.element_ty
     grad = tl.load(grad_ptr + offsets, mask=inside, other=0.0).to(wide)
-    for k in tl.static_range(COUNT):
+    for k in tl.static_range(COUNT):  # pyright: ignore[reportGeneralTypeIssues]
         if (PRODUCTS >> k) & 1:
             product = tl.load(weights_ptr + k) * grad
             tl.store(products[k] + offsets, product.to(grad_ptr.dtype.element_ty), mask=inside)
@@ -72,6 +72,10 @@ def _backward_kernel(
 def _on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def _programs(tensor: Tensor) -> int:
+    return (tensor.numel() + BLOCK - 1) // BLOCK
 
 
 def _lay_out(tensor: Tensor, like: Tensor) -> Tensor:
@@ -89,8 +93,10 @@ def forward(inputs: Sequence[Tensor], weights: Tensor) -> Tensor:
     if out.numel() == 0:
         return out
     sources = tuple(_lay_out(tensor, out) for tensor in inputs)
+    # Any: a decorated kernel is typed without the options of its launch
+    launch: Any = _forward_kernel[(_programs(out),)]
     with _on_device(out):
-        _forward_kernel[(triton.cdiv(out.numel(), BLOCK),)](
+        launch(
             sources,
             weights.contiguous(),
             out,
@@ -113,10 +119,11 @@ def backward(
         return found, weights.new_zeros(count if needs_weights else 0)
     dense = _lay_out(grad, found[0] if found else torch.empty_like(grad))
     sources = tuple(_lay_out(tensor, dense) for tensor in inputs) if needs_weights else (dense,) * count
-    programs = triton.cdiv(grad.numel(), BLOCK)
+    programs = _programs(grad)
     partials = weights.new_empty((programs if needs_weights else 1, count))
+    launch: Any = _backward_kernel[(programs,)]
     with _on_device(grad):
-        _backward_kernel[(programs,)](
+        launch(
             dense,
             sources,
             weights.contiguous(),

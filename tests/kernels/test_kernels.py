@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from nascompile.kernels import ALL, doctor_report, native
 from nascompile.kernels.registry import Kernel, Sample, choose
@@ -90,14 +90,12 @@ def test_type_and_memory_format_follow_the_expression_it_replaces(kernel, implem
 def test_gradients_and_second_gradients_are_those_of_the_function(kernel, implementation, device):
     for sample in kernel.samples():
         arguments = sample.make(torch.float64, device)
-        flat, spec = torch.utils._pytree.tree_flatten(arguments)
+        flat, spec = tree_flatten(arguments)
         if flat[0].numel() == 0:
             continue
 
         def function(*values: Tensor, spec: Any = spec) -> Tensor:
-            return kernel.function(
-                *torch.utils._pytree.tree_unflatten(list(values), spec), implementation=implementation
-            )
+            return kernel.function(*tree_unflatten(list(values), spec), implementation=implementation)
 
         assert torch.autograd.gradcheck(function, flat, fast_mode=True), sample.name
         assert torch.autograd.gradgradcheck(function, flat, fast_mode=True), sample.name
