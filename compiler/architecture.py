@@ -1,4 +1,5 @@
-"""Architecture files: reading, validating as a whole, fixing a model to one, and the search space as NNI writes it."""
+"""Architecture files: reading, validating as a whole, fixing a model to one, and the search space as NNI
+writes it."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ def load_architecture(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ArchitectureError(f"architecture file {str(path)!r} cannot be read: {error.strerror}") from error
+        raise ArchitectureError(
+            f"architecture file {str(path)!r} cannot be read: {error.strerror}"
+        ) from error
     except ValueError as error:
         raise ArchitectureError(f"architecture file {str(path)!r} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
@@ -45,8 +48,10 @@ def resolve(
 ) -> dict[str, Mask]:
     """A mask for every key of the model.
 
-    A value may be a candidate's name or index, a list of either, a full-length list of booleans (multi-hot) or of
-    floats (weights). Everything is checked before anything is returned; ArchitectureError lists all that is wrong.
+    A value may be a candidate's name or index, a list of either, a full-length list of booleans (multi-hot)
+    or of
+    floats (weights). Everything is checked before anything is returned; ArchitectureError lists all that is
+    wrong.
     """
     raw = load_architecture(architecture)
     space = choices(model)
@@ -89,8 +94,8 @@ def _mask(choice: Choice, value: Any) -> Mask:
     for index in indices:
         if indices.count(index) > 1:
             raise ArchitectureError(
-                f"key {choice.key!r}: {value!r} names candidate {index} more than once; write true and false for a "
-                "mask, or every index once"
+                f"key {choice.key!r}: {value!r} names candidate {index} more than once; "
+                "write true and false for a mask, or every index once"
             )
     return [index in indices for index in range(length)]
 
@@ -98,7 +103,8 @@ def _mask(choice: Choice, value: Any) -> Mask:
 def _full_length(choice: Choice, value: list[Any]) -> Mask:
     if len(value) != len(choice):
         raise ArchitectureError(
-            f"key {choice.key!r}: {value!r} has {len(value)} entries, expected one for each of {len(choice)} candidates"
+            f"key {choice.key!r}: {value!r} has {len(value)} entries, "
+            f"expected one for each of {len(choice)} candidates"
         )
     if any(item != item or item in (float("inf"), float("-inf")) for item in value):
         raise ArchitectureError(f"key {choice.key!r}: {value!r} has weights that are not finite")
@@ -120,15 +126,16 @@ def _index(choice: Choice, item: Any) -> int:
             )
         return item
     raise ArchitectureError(
-        f"key {choice.key!r}: {item!r} is a {type(item).__name__}; expected a name, an index, a list of either, or a "
-        f"list of {len(choice)} booleans or floats"
+        f"key {choice.key!r}: {item!r} is a {type(item).__name__}; expected a name, an index, "
+        f"a list of either, or a list of {len(choice)} booleans or floats"
     )
 
 
 class FixedArchitecture(Mutator):
     """A mutator that always decides for one architecture (a JSON path or a mapping).
 
-    With `strict=False`, keys that the model does not have are ignored. Raises ArchitectureError before anything is
+    With `strict=False`, keys that the model does not have are ignored. Raises ArchitectureError before
+    anything is
     bound when the architecture does not fit.
     """
 
@@ -152,11 +159,12 @@ class FixedArchitecture(Mutator):
 
         Where several are chosen, or weights or the mask are needed, the choice stays and loses the others.
         """
-        replace_layer_choices(self.model, self._fixed_arc)
+        replace_layer_choices(self.__dict__["model"], self._fixed_arc)
 
 
 def replace_layer_choices(model: nn.Module, masks: Mapping[str, Sequence[Any]]) -> None:
-    """In place: every LayerChoice with one hard-chosen candidate becomes that candidate (`a.1.weight` -> `a.weight`)."""
+    """In place: every LayerChoice with one hard-chosen candidate becomes that candidate (`a.1.weight` ->
+    `a.weight`)."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if isinstance(child, LayerChoice) and child.key in masks:
@@ -172,7 +180,8 @@ def replace_layer_choices(model: nn.Module, masks: Mapping[str, Sequence[Any]]) 
 
 
 def single_choice(choice: LayerChoice, mask: Sequence[Any]) -> str | None:
-    """The candidate that can stand for the whole choice: chosen alone, by a hard decision, without `return_mask`."""
+    """The candidate that can stand for the whole choice: chosen alone, by a hard decision, without
+    `return_mask`."""
     selection = read_mask(mask, len(choice), choice.key)
     if choice.return_mask or choice.reduction == "none" or len(selection.indices) != 1:
         return None
@@ -192,7 +201,9 @@ def _follow(module: nn.Module | None, masks: Mapping[str, Sequence[Any]]) -> nn.
     return module
 
 
-def apply_fixed_architecture(model: nn.Module, fixed_arc: str | Path | Mapping[str, Any]) -> FixedArchitecture:
+def apply_fixed_architecture(
+    model: nn.Module, fixed_arc: str | Path | Mapping[str, Any]
+) -> FixedArchitecture:
     """Fix `model` to an architecture in place and return the mutator that drives what remains of its choices.
 
     For a network without any choice left, see `nascompile.prune`.

@@ -1,6 +1,7 @@
 """Reads a candidate: the stateless steps it begins with, and the rest as a function of their result.
 
-Candidates of equal structure (types, attributes, shapes) are read once: what was found is relative to the candidate.
+Candidates of equal structure (types, attributes, shapes) are read once: what was found is relative to the
+candidate.
 """
 
 from __future__ import annotations
@@ -22,23 +23,66 @@ from nascompile.compiler.trace import ModelTracer, is_builtin, own_forward
 
 _INTERNAL = frozenset(nn.Module().__dict__)
 _STATELESS_MODULES = (
-    (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.Tanh)
-    + (nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Softplus)
-    + (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
-    + (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d)
-    + (nn.ZeroPad2d, nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d)
+    nn.ReLU,
+    nn.ReLU6,
+    nn.LeakyReLU,
+    nn.ELU,
+    nn.SELU,
+    nn.CELU,
+    nn.GELU,
+    nn.SiLU,
+    nn.Mish,
+    nn.Sigmoid,
+    nn.Tanh,
+    nn.Hardswish,
+    nn.Hardsigmoid,
+    nn.Hardtanh,
+    nn.Softplus,
+    nn.MaxPool1d,
+    nn.MaxPool2d,
+    nn.MaxPool3d,
+    nn.AvgPool1d,
+    nn.AvgPool2d,
+    nn.AvgPool3d,
+    nn.AdaptiveAvgPool1d,
+    nn.AdaptiveAvgPool2d,
+    nn.AdaptiveAvgPool3d,
+    nn.AdaptiveMaxPool1d,
+    nn.AdaptiveMaxPool2d,
+    nn.ZeroPad2d,
+    nn.ConstantPad2d,
+    nn.ReflectionPad2d,
+    nn.ReplicationPad2d,
 )
 _STATELESS_FUNCTIONS = frozenset(
-    (F.relu, F.relu6, F.leaky_relu, F.elu, F.gelu, F.silu, F.hardswish, F.sigmoid, F.tanh, F.pad)
-    + (torch.relu, torch.sigmoid, torch.tanh, F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d)
+    (
+        F.relu,
+        F.relu6,
+        F.leaky_relu,
+        F.elu,
+        F.gelu,
+        F.silu,
+        F.hardswish,
+        F.sigmoid,
+        F.tanh,
+        F.pad,
+        torch.relu,
+        torch.sigmoid,
+        torch.tanh,
+        F.max_pool2d,
+        F.avg_pool2d,
+        F.adaptive_avg_pool2d,
+    )
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """`prefix`: the leading stateless nodes, their targets relative to the candidate; `keys`: equal for equal prefixes.
+    """`prefix`: the leading stateless nodes, their targets relative to the candidate; `keys`: equal for equal
+    prefixes.
 
-    `body(candidate, value)` computes the rest from the prefix's value. `read` and `looked_into` are the attributes and
+    `body(candidate, value)` computes the rest from the prefix's value. `read` and `looked_into` are the
+    attributes and
     modules that the reading took for granted, by path inside the candidate.
     """
 
@@ -49,7 +93,8 @@ class Candidate:
     looked_into: tuple[str, ...]
 
     def guard(self, candidate: nn.Module, guards: Guards, place: tuple[dict[str, Any], str]) -> None:
-        """Make what was taken for granted a condition of the trace that uses it; `place` is the candidate's own."""
+        """Make what was taken for granted a condition of the trace that uses it; `place` is the candidate's
+        own."""
         for path, name in self.read:
             module = candidate.get_submodule(path)
             guards.saw(module, name, module.__dict__[name])
@@ -64,8 +109,13 @@ def structure(module: nn.Module) -> Any:
     if has_hooks(module) or "forward" in module.__dict__:
         return id(module)
     config = {name: value for name, value in module.__dict__.items() if name not in _INTERNAL}
-    tensors = [(name, t if t is None else t.shape) for name, t in (*module._parameters.items(), *module._buffers.items())]
-    children = [(name, child if child is None else structure(child)) for name, child in module._modules.items()]
+    tensors = [
+        (name, t if t is None else t.shape)
+        for name, t in (*module._parameters.items(), *module._buffers.items())
+    ]
+    children = [
+        (name, child if child is None else structure(child)) for name, child in module._modules.items()
+    ]
     return type(module), module.training, fingerprint(config), tuple(tensors), tuple(children)
 
 
@@ -108,7 +158,9 @@ def _graph(tracer: ModelTracer, module: nn.Module) -> fx.Graph | str:
         return f"takes {len(required)} arguments"
     tracer.trace_guessed("")
     if tracer.islands or tracer.notes:
-        return next((island.reason for island in tracer.islands.values()), None) or next(iter(tracer.notes.values()))
+        return next((island.reason for island in tracer.islands.values()), None) or next(
+            iter(tracer.notes.values())
+        )
     return tracer.graph
 
 

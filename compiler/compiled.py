@@ -26,8 +26,10 @@ def compile(
 ) -> CompiledModel:
     """Compile a model with choices. The result computes the same function with the very same parameters.
 
-    example_inputs: a tensor, or a tuple of the arguments of `forward`; without it tracing waits for the first call.
-    require: "traced" raises TraceError unless the whole model was traced, "fused" also unless every weighted choice
+    example_inputs: a tensor, or a tuple of the arguments of `forward`; without it tracing waits for the first
+    call.
+    require: "traced" raises TraceError unless the whole model was traced, "fused" also unless every weighted
+    choice
     is fused. skip: names of passes to leave out. What runs as written, and why, is in `islands` and `notes`.
     """
     if require is not None and require not in REQUIREMENTS:
@@ -43,9 +45,11 @@ def compile(
 
 
 class CompiledModel(nn.Module):
-    """A compiled model: parameters, buffers, sub-modules, mode and other attributes are those of the user's model.
+    """A compiled model: parameters, buffers, sub-modules, mode and other attributes are those of the user's
+    model.
 
-    The mutator bound to the model decides, in every call anew; nothing is traced again when a decision changes. A call
+    The mutator bound to the model decides, in every call anew; nothing is traced again when a decision
+    changes. A call
     with other Python arguments, another mode or changed attributes is traced on first sight.
     """
 
@@ -101,7 +105,9 @@ class CompiledModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the user's forward computes."""
-        entry = self._entry(args, kwargs)
+        return self._follow(self._entry(args, kwargs), args, kwargs)
+
+    def _follow(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self._can_follow(entry):
             with self._overridden():
                 return self._eager(*args, **kwargs)
@@ -113,13 +119,15 @@ class CompiledModel(nn.Module):
         """Trace for a call like this, check the result against the eager model, and look into islands."""
         entry = self._entry(args, kwargs)
         if entry.function is not None:
-            problem = difference(self._eager, self, args, kwargs)
+            problem = difference(self._eager, lambda *a, **k: self._follow(entry, a, k), args, kwargs)
             if problem is not None:
                 entry.function, entry.graph_module, entry.lowered = None, None, ()
                 entry.islands[""] = Island("", "", 0, problem)
         if entry.islands:
             for unit in self._inner_units().values():
-                if not unit.entries and any(_lies_below(unit.path, island) for island in entry.islands.values()):
+                if not unit.entries and any(
+                    _lies_below(unit.path, island) for island in entry.islands.values()
+                ):
                     unit.guess()
 
     def check_requirement(self, require: str | None) -> None:
@@ -139,7 +147,9 @@ class CompiledModel(nn.Module):
     @property
     def islands(self) -> list[Island]:
         """The modules whose forward runs as written, with file, line and reason."""
-        return list({island.path: island for entry in self.entries for island in entry.islands.values()}.values())
+        return list(
+            {island.path: island for entry in self.entries for island in entry.islands.values()}.values()
+        )
 
     @property
     def notes(self) -> dict[str, str]:
@@ -150,7 +160,9 @@ class CompiledModel(nn.Module):
     def code(self) -> str:
         """The traces as readable Python."""
         graphs = [(e.graph_module.graph, e.rewrites) for e in self.entries if e.graph_module is not None]
-        return "\n".join(f"# {rewrites}\n{graph.python_code('self').src.strip()}\n" for graph, rewrites in graphs)
+        return "\n".join(
+            f"# {rewrites}\n{graph.python_code('self').src.strip()}\n" for graph, rewrites in graphs
+        )
 
     def _entry(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entry:
         with self._plain():
@@ -159,7 +171,8 @@ class CompiledModel(nn.Module):
     def _can_follow(self, entry: Entry) -> bool:
         """Whether the graph is the program for the current decision.
 
-        It was traced with choices that have an output: where the decision chooses nothing, the program may take
+        It was traced with choices that have an output: where the decision chooses nothing, the program may
+        take
         another way (`if x is not None`), so that it has to run as written.
         """
         if entry.function is None or (entry.has_scopes and listens_to_scopes(scope_mutator(self._eager))):

@@ -1,4 +1,5 @@
-"""What a decision means: a mask becomes a selection, and selected outputs are reduced. The eager definition."""
+"""What a decision means: a mask becomes a selection, and selected outputs are reduced. The eager
+definition."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ REDUCTIONS = ("sum", "mean", "concat", "none")
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The candidates that take part (ascending), and their weights: a tensor of all weights, or None for a hard choice."""
+    """The candidates that take part (ascending), and their weights: a tensor of all weights, or None for a
+    hard choice."""
 
     indices: tuple[int, ...]
     weights: Tensor | None
@@ -29,7 +31,8 @@ class Selection:
 def read_mask(mask: Any, length: int, key: str) -> Selection:
     """Read a mask of any dtype, given as a tensor, an array or a sequence.
 
-    Booleans and integers select; floating point numbers weigh, and an exact zero leaves the candidate out. Raises
+    Booleans and integers select; floating point numbers weigh, and an exact zero leaves the candidate out.
+    Raises
     SpaceError when the length differs from `length`.
     """
     tensor = mask if isinstance(mask, Tensor) else _as_tensor(mask, key)
@@ -52,15 +55,19 @@ def weigh(output: Any, weight: Tensor | None, key: str) -> Any:
     if weight is None or output is None:
         return output
     if not isinstance(output, Tensor):
-        raise SpaceError(f"choice {key!r}: a weighted candidate returned a {type(output).__name__}, expected a tensor")
+        raise SpaceError(
+            f"choice {key!r}: a weighted candidate returned a {type(output).__name__}, expected a tensor"
+        )
     return output * weight.to(output.device)
 
 
 def reduce_outputs(outputs: Sequence[Any], reduction: str, key: str, names: Sequence[str]) -> Any:
     """Combine the outputs of the chosen candidates as NNI 1.x does.
 
-    "none" gives the list; otherwise nothing chosen gives None, one output is returned as it is, and several are
-    summed, averaged (over the number chosen), or concatenated along dimension 1. Missing (None) outputs of chosen
+    "none" gives the list; otherwise nothing chosen gives None, one output is returned as it is, and several
+    are
+    summed, averaged (over the number chosen), or concatenated along dimension 1. Missing (None) outputs of
+    chosen
     candidates are left out. Raises SpaceError naming two candidates whose shapes do not go together.
     """
     if reduction == "none":
@@ -74,7 +81,7 @@ def reduce_outputs(outputs: Sequence[Any], reduction: str, key: str, names: Sequ
     return combine([output for _, output in present], reduction)
 
 
-def combine(tensors: Sequence[Any], reduction: str) -> Any:
+def combine(tensors: list[Any], reduction: str) -> Any:
     """Two or more outputs summed, averaged or concatenated, in their order."""
     if reduction == "concat":
         return torch.cat(tensors, dim=1)
@@ -83,7 +90,8 @@ def combine(tensors: Sequence[Any], reduction: str) -> Any:
 
 
 def check_compatible(named: Sequence[tuple[str, Any]], reduction: str, key: str) -> None:
-    """Raise SpaceError when outputs cannot be combined, naming the choice, two candidates and their shapes."""
+    """Raise SpaceError when outputs cannot be combined, naming the choice, two candidates and their
+    shapes."""
     first_name, first = named[0]
     for name, output in named:
         if not isinstance(output, Tensor):
@@ -100,7 +108,9 @@ def check_compatible(named: Sequence[tuple[str, Any]], reduction: str, key: str)
 
 def _fits(left: torch.Size, right: torch.Size, reduction: str) -> bool:
     if reduction == "concat":
-        return len(left) == len(right) and all(a == b for d, (a, b) in enumerate(zip(left, right, strict=True)) if d != 1)
+        return len(left) == len(right) and all(
+            a == b for d, (a, b) in enumerate(zip(left, right, strict=True)) if d != 1
+        )
     if left == right:
         return True
     try:

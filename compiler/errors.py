@@ -4,7 +4,8 @@ from __future__ import annotations
 
 
 class NascompileError(ValueError):
-    """Something the user gave cannot be used; the message names the thing, the value and what was expected."""
+    """Something the user gave cannot be used; the message names the thing, the value and what was
+    expected."""
 
 
 class SpaceError(NascompileError):

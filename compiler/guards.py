@@ -1,4 +1,5 @@
-"""What a trace took for granted: Python attributes it read, modules it looked into. While they hold, the trace is valid."""
+"""What a trace took for granted: Python attributes it read, modules it looked into. While they hold, the
+trace is valid."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ class NotTraceable(Exception):
 
 
 def fingerprint(value: Any) -> Any:
-    """Equal for values that a trace cannot tell apart: scalars by value, containers by content, objects by identity."""
+    """Equal for values that a trace cannot tell apart: scalars by value, containers by content, objects by
+    identity."""
     if isinstance(value, _SCALARS):
         return (type(value), value)
     if isinstance(value, list | tuple):
@@ -47,13 +49,15 @@ class Guards:
             self._containers[id(value)] = (f"{type(module).__name__}.{name}", value, _content(value))
 
     def traced(self, module: nn.Module, place: tuple[dict[str, Any], str] | None = None) -> None:
-        """Record that the trace looked into `module`: it must not gain hooks, nor leave its place in its parent."""
+        """Record that the trace looked into `module`: it must not gain hooks, nor leave its place in its
+        parent."""
         if place is not None and id(module) not in self._modules:
             self._places.append((*place, module))
         self._modules[id(module)] = module
 
     def require_containers_unchanged(self) -> None:
-        """Raise NotTraceable when the program changed a list or dict of the model; its content is put back first."""
+        """Raise NotTraceable when the program changed a list or dict of the model; its content is put back
+        first."""
         for name, container, content in self._containers.values():
             if _content(container) != content:
                 _put_back(container, content)
@@ -68,7 +72,13 @@ class Guards:
         """The plain attributes that were read, by class and name; modes left out."""
         found = {}
         for module, name, _, value in self._attributes.values():
-            if isinstance(value, _SCALARS) and name not in ("training", "_key", "reduction", "return_mask", "n_candidates"):
+            if isinstance(value, _SCALARS) and name not in (
+                "training",
+                "_key",
+                "reduction",
+                "return_mask",
+                "n_candidates",
+            ):
                 found[f"{type(module).__name__}.{name}"] = value
         return found
 
@@ -121,11 +131,11 @@ def watch_attributes(guards: Guards) -> Iterator[None]:
         raise NotTraceable(f"assigns {type(module).__name__}.{name} in forward")
 
     try:
-        nn.Module.__getattribute__ = read  # type: ignore[method-assign]
-        nn.Module.__setattr__ = refuse  # type: ignore[method-assign]
+        nn.Module.__getattribute__ = read
+        nn.Module.__setattr__ = refuse  # type: ignore[assignment]
         nn.Module.__delattr__ = refuse  # type: ignore[method-assign]
         yield
     finally:
-        del nn.Module.__getattribute__  # type: ignore[misc]
-        nn.Module.__setattr__ = original_set  # type: ignore[method-assign]
-        nn.Module.__delattr__ = original_delete  # type: ignore[method-assign]
+        del nn.Module.__getattribute__
+        nn.Module.__setattr__ = original_set
+        nn.Module.__delattr__ = original_delete

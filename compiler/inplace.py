@@ -13,8 +13,39 @@ _OPERATORS = frozenset(
 ) | {operator.setitem}
 # methods and functions whose result may share memory with their first argument
 _VIEWS = frozenset(
-    "view reshape permute transpose t squeeze unsqueeze expand narrow select chunk split unbind flatten getitem "
-    "contiguous detach T mT to type_as float half double movedim swapaxes unfold view_as expand_as getattr diagonal".split()
+    (
+        "view",
+        "reshape",
+        "permute",
+        "transpose",
+        "t",
+        "squeeze",
+        "unsqueeze",
+        "expand",
+        "narrow",
+        "select",
+        "chunk",
+        "split",
+        "unbind",
+        "flatten",
+        "getitem",
+        "contiguous",
+        "detach",
+        "T",
+        "mT",
+        "to",
+        "type_as",
+        "float",
+        "half",
+        "double",
+        "movedim",
+        "swapaxes",
+        "unfold",
+        "view_as",
+        "expand_as",
+        "getattr",
+        "diagonal",
+    )
 )
 
 

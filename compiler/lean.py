@@ -18,7 +18,9 @@ Weight = float | None
 class Combination(nn.Module):
     """Several layers on the same input, weighted by constants and reduced; none of them gives None."""
 
-    def __init__(self, layers: Mapping[str, nn.Module], weights: Sequence[Weight], reduction: str, mask: Any) -> None:
+    def __init__(
+        self, layers: Mapping[str, nn.Module], weights: Sequence[Weight], reduction: str, mask: Any
+    ) -> None:
         super().__init__()
         for name, layer in layers.items():
             self.add_module(name, layer)
@@ -33,10 +35,16 @@ class Combination(nn.Module):
 
 
 class FixedInputs(nn.Module):
-    """Some of several inputs, at fixed positions (and `sources`, where they come by name), weighted and reduced."""
+    """Some of several inputs, at fixed positions (and `sources`, where they come by name), weighted and
+    reduced."""
 
     def __init__(
-        self, indices: Sequence[int], sources: Sequence[str], weights: Sequence[Weight], reduction: str, mask: Any
+        self,
+        indices: Sequence[int],
+        sources: Sequence[str],
+        weights: Sequence[Weight],
+        reduction: str,
+        mask: Any,
     ) -> None:
         super().__init__()
         self.indices = list(indices)
@@ -67,14 +75,16 @@ def reduce_fixed(outputs: Sequence[Any], weights: Sequence[Weight], reduction: s
 
 
 def fixed_weights(selection: Selection) -> list[Weight]:
-    """The weights of the chosen candidates as the eager network applies them (fp32), None for a hard choice."""
+    """The weights of the chosen candidates as the eager network applies them (fp32), None for a hard
+    choice."""
     if selection.weights is None:
         return [None] * len(selection.indices)
     return [float(selection.weights.detach()[index].to(torch.float32)) for index in selection.indices]
 
 
 def fix_choices(module: nn.Module, masks: Mapping[str, Sequence[Any]]) -> nn.Module:
-    """Replace every choice inside `module`, in place, by plain modules; gives what stands for `module` itself."""
+    """Replace every choice inside `module`, in place, by plain modules; gives what stands for `module`
+    itself."""
     for name, child in list(module._modules.items()):
         if child is not None:
             module._modules[name] = fix_choices(child, masks)
@@ -96,4 +106,6 @@ def _fixed_layers(choice: LayerChoice, mask: Sequence[Any]) -> nn.Module:
         return choice[chosen]
     selection = read_mask(mask, len(choice), choice.key)
     layers = {choice.names[index]: choice[index] for index in selection.indices}
-    return Combination(layers, fixed_weights(selection), choice.reduction, mask if choice.return_mask else None)
+    return Combination(
+        layers, fixed_weights(selection), choice.reduction, mask if choice.return_mask else None
+    )

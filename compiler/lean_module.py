@@ -48,7 +48,11 @@ def same_graph(left: fx.Graph, right: fx.Graph) -> bool:
 def _describe(graph: fx.Graph) -> list[Any]:
     number = {node: index for index, node in enumerate(graph.nodes)}
     return [
-        (node.op, node.target, *fx.map_arg((node.args, tuple(node.kwargs.items())), lambda n: f"%{number[n]}"))
+        (
+            node.op,
+            node.target,
+            *fx.map_arg((node.args, tuple(node.kwargs.items())), lambda n: f"%{number[n]}"),
+        )
         for node in graph.nodes
     ]
 

@@ -1,9 +1,12 @@
-"""What a choice becomes in a compiled graph: a callable that follows the decision at run time, without dispatch or hooks."""
+"""What a choice becomes in a compiled graph: a callable that follows the decision at run time, without
+dispatch or hooks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from torch import fx
 
 from nascompile.compiler.decision import Selection, reduce_outputs, weigh
 from nascompile.compiler.mutables import InputChoice, LayerChoice
@@ -34,6 +37,23 @@ class Shared:
         return self._value
 
 
+class SharedCall:
+    """`Shared` of one function, as a node target: fx cannot write a function down as an argument."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.__name__ = self.__qualname__ = f"shared_{function.__name__}"
+        self.__module__ = "nascompile"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Shared:
+        return Shared(self.function, *args, **kwargs)
+
+
+def is_shared(node: fx.Node) -> bool:
+    """Whether the node makes a shared value."""
+    return node.target is Shared or isinstance(node.target, SharedCall)
+
+
 class LoweredChoice:
     """A choice as a function in the graph; `pattern` is the fusion of its weighted combination, or None."""
 
@@ -55,12 +75,16 @@ class LoweredChoice:
 
     def _combine(self, outputs: list[Any], selection: Selection) -> Any:
         choice, pattern = self.choice, self.pattern
-        if selection.weights is not None and pattern is not None and len(outputs) > 1:
-            if pattern.why_not_tensors(outputs) is None:
-                weights = selection.weights
-                if len(outputs) != len(weights):
-                    weights = weights[list(selection.indices)]
-                return pattern.after(outputs, weights, choice.reduction)
+        weights = selection.weights
+        fusible = len(outputs) > 1 and pattern is not None and pattern.why_not_tensors(outputs) is None
+        if weights is None or pattern is None or not fusible:
+            return self._combine_as_written(outputs, selection)
+        if len(outputs) != len(weights):
+            weights = weights[list(selection.indices)]
+        return pattern.after(outputs, weights, choice.reduction)
+
+    def _combine_as_written(self, outputs: list[Any], selection: Selection) -> Any:
+        choice = self.choice
         all_names = candidate_names(choice)
         names = [all_names[index] for index in selection.indices]
         weighted = [
@@ -114,7 +138,11 @@ class LoweredInputChoice(LoweredChoice):
 
 def lowered(choice: Choice, path: str) -> LoweredLayerChoice | LoweredInputChoice:
     """The callable for a choice."""
-    return LoweredLayerChoice(choice, path) if isinstance(choice, LayerChoice) else LoweredInputChoice(choice, path)
+    return (
+        LoweredLayerChoice(choice, path)
+        if isinstance(choice, LayerChoice)
+        else LoweredInputChoice(choice, path)
+    )
 
 
 def decides_by_masks(mutator: BaseMutator, method: str) -> bool:

@@ -38,7 +38,8 @@ def forced_mutator(mutator: BaseMutator) -> Iterator[None]:
 class Mutable(nn.Module):
     """A module whose behaviour is decided by a mutator.
 
-    `key` identifies the decision: mutables with equal keys share one. Without a key, one is given per model when the
+    `key` identifies the decision: mutables with equal keys share one. Without a key, one is given per model
+    when the
     search space is read (`LayerChoice1`, `InputChoice2`, ... in registration order); until then `key` is a
     placeholder that `choose_from` of another choice may refer to.
     """
@@ -46,7 +47,9 @@ class Mutable(nn.Module):
     def __init__(self, key: str | None = None) -> None:
         super().__init__()
         if key is not None and not isinstance(key, str):
-            warnings.warn(f"key {key!r} of {type(self).__name__} is not a string, using {str(key)!r}", stacklevel=2)
+            warnings.warn(
+                f"key {key!r} of {type(self).__name__} is not a string, using {str(key)!r}", stacklevel=2
+            )
             key = str(key)
         self._has_own_key = key is not None
         self._placeholder = None if key is not None else f"{type(self).__name__}?{next(_provisional)}"
@@ -65,7 +68,8 @@ class Mutable(nn.Module):
         return self._name if self._name is not None else self._key
 
     def set_mutator(self, mutator: BaseMutator) -> None:
-        """Bind to `mutator`; raises RuntimeError when another one is bound (its `release()` frees the model)."""
+        """Bind to `mutator`; raises RuntimeError when another one is bound (its `release()` frees the
+        model)."""
         bound = self.bound_mutator
         if bound is not None and bound is not mutator:
             raise RuntimeError(
@@ -86,8 +90,8 @@ class Mutable(nn.Module):
         mutator = self.bound_mutator if forced is None else forced
         if mutator is None:
             raise ValueError(
-                f"Mutator not set for {self.name!r}. Bind one to the model first (for example `RandomMutator(model)`), "
-                "and create mutables in `__init__`, not in `forward`"
+                f"Mutator not set for {self.name!r}. Bind one to the model first "
+                "(for example `RandomMutator(model)`), and create mutables in `__init__`, not in `forward`"
             )
         return mutator
 
@@ -129,12 +133,16 @@ class MutableScope(Mutable):
 class LayerChoice(Mutable):
     """One of several candidate layers (or a weighted sum of them), called with the same arguments.
 
-    `op_candidates` is a list of modules (named "0", "1", ...) or an OrderedDict of named ones. `reduction` combines
-    several chosen outputs: "sum", "mean", "concat" (dimension 1) or "none" (a list). With `return_mask` the call
+    `op_candidates` is a list of modules (named "0", "1", ...) or an OrderedDict of named ones. `reduction`
+    combines
+    several chosen outputs: "sum", "mean", "concat" (dimension 1) or "none" (a list). With `return_mask` the
+    call
     returns `(output, mask)`. Raises TypeError and ValueError for unusable candidates and reductions.
     """
 
-    _RESERVED: ClassVar[frozenset[str]] = frozenset({"length", "reduction", "return_mask", "_key", "key", "names"})
+    _RESERVED: ClassVar[frozenset[str]] = frozenset(
+        {"length", "reduction", "return_mask", "_key", "key", "names"}
+    )
 
     def __init__(
         self,
@@ -151,7 +159,8 @@ class LayerChoice(Mutable):
             named = [(str(index), module) for index, module in enumerate(op_candidates)]
         else:
             raise TypeError(
-                f"Unsupported op_candidates type: {type(op_candidates).__name__}; expected a list or an OrderedDict"
+                f"Unsupported op_candidates type: {type(op_candidates).__name__}; "
+                "expected a list or an OrderedDict"
             )
         for name, module in named:
             _check_candidate(name, module, self._RESERVED)
@@ -212,9 +221,12 @@ class LayerChoice(Mutable):
 class InputChoice(Mutable):
     """Some of several inputs, reduced to one.
 
-    Give `n_candidates`, or `choose_from`: the keys of the earlier mutables that the inputs come from (`NO_KEY` where
-    there is none). `n_chosen` is how many to choose, None for any number. Called with a list of inputs, or a dict by
-    the keys of `choose_from`; the output is None when nothing is chosen. Raises ValueError for inconsistent counts.
+    Give `n_candidates`, or `choose_from`: the keys of the earlier mutables that the inputs come from
+    (`NO_KEY` where
+    there is none). `n_chosen` is how many to choose, None for any number. Called with a list of inputs, or a
+    dict by
+    the keys of `choose_from`; the output is None when nothing is chosen. Raises ValueError for inconsistent
+    counts.
     """
 
     NO_KEY = ""
@@ -257,13 +269,18 @@ class InputChoice(Mutable):
     def as_list(self, optional_inputs: Any) -> list[Any]:
         """The inputs in the order of `choose_from`; raises ValueError when they do not fit."""
         if isinstance(optional_inputs, dict):
-            if len(set(self.choose_from)) != len(self.choose_from) or set(optional_inputs) != set(self.choose_from):
+            if len(set(self.choose_from)) != len(self.choose_from) or set(optional_inputs) != set(
+                self.choose_from
+            ):
                 raise ValueError(
-                    f"{self.key!r}: inputs are named {sorted(map(str, optional_inputs))}, expected {self.choose_from}"
+                    f"{self.key!r}: inputs are named {sorted(map(str, optional_inputs))}, "
+                    f"expected {self.choose_from}"
                 )
             return [optional_inputs[source] for source in self.choose_from]
         if not isinstance(optional_inputs, list | tuple):
-            raise TypeError(f"{self.key!r}: expected a list or dict of inputs, got {type(optional_inputs).__name__}")
+            raise TypeError(
+                f"{self.key!r}: expected a list or dict of inputs, got {type(optional_inputs).__name__}"
+            )
         if len(optional_inputs) != self.n_candidates:
             raise ValueError(f"{self.key!r}: got {len(optional_inputs)} inputs, expected {self.n_candidates}")
         return list(optional_inputs)
@@ -276,12 +293,16 @@ class InputChoice(Mutable):
 
 def _check_candidate(name: str, module: object, reserved: frozenset[str]) -> None:
     if name in reserved:
-        raise ValueError(f"candidate name {name!r} is reserved; reserved names: {', '.join(sorted(reserved))}")
+        raise ValueError(
+            f"candidate name {name!r} is reserved; reserved names: {', '.join(sorted(reserved))}"
+        )
     if module is not None and not isinstance(module, nn.Module):
         raise TypeError(f"candidate {name!r} is a {type(module).__name__}, expected a torch.nn.Module")
 
 
 def _check_reduction(reduction: str) -> str:
     if reduction not in REDUCTIONS:
-        raise ValueError(f'Unrecognized reduction policy: "{reduction}"; expected one of: {", ".join(REDUCTIONS)}')
+        raise ValueError(
+            f'Unrecognized reduction policy: "{reduction}"; expected one of: {", ".join(REDUCTIONS)}'
+        )
     return reduction

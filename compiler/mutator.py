@@ -1,4 +1,5 @@
-"""The mutator's part without randomness: it is bound to a model, holds the current decision and carries it out eagerly.
+"""The mutator's part without randomness: it is bound to a model, holds the current decision and carries it
+out eagerly.
 
 This eager execution is the definition of what every compiled form has to compute.
 """
@@ -20,7 +21,8 @@ from nascompile.compiler.space import Choice, StructuredMutableTreeNode, candida
 class BaseMutator(nn.Module):
     """Bound to the mutables of one model; subclasses say what a choice does when it is called.
 
-    Raises RuntimeError when the model is already bound, and SpaceError when the search space is inconsistent; in both
+    Raises RuntimeError when the model is already bound, and SpaceError when the search space is inconsistent;
+    in both
     cases nothing is bound.
     """
 
@@ -55,7 +57,8 @@ class BaseMutator(nn.Module):
 
     @property
     def mutables(self) -> StructuredMutableTreeNode:
-        """The tree of mutables; iterating it gives one mutable a key, scopes included, in registration order."""
+        """The tree of mutables; iterating it gives one mutable a key, scopes included, in registration
+        order."""
         return self._structured_mutables
 
     @property
@@ -124,9 +127,12 @@ class Mutator(BaseMutator):
         return self._cache
 
     def selection(self, key: str, length: int) -> tuple[Selection, Any]:
-        """The current decision for a key, read, and the mask as it was given; raises ValueError without one."""
+        """The current decision for a key, read, and the mask as it was given; raises ValueError without
+        one."""
         if key not in self._cache:
-            raise ValueError(f'"{key}" not found in decision cache; call reset() on the {type(self).__name__} first')
+            raise ValueError(
+                f'"{key}" not found in decision cache; call reset() on the {type(self).__name__} first'
+            )
         mask = self._cache[key]
         if not isinstance(mask, Tensor):
             return read_mask(mask, length, key), mask
@@ -164,11 +170,16 @@ class Mutator(BaseMutator):
         unknown = set(final) - set(self.choices_by_key)
         if unknown:
             raise ArchitectureError(f"decision has unknown keys: {', '.join(sorted(unknown))}")
-        return {key: readable(choice, final[key]) for key, choice in self.choices_by_key.items() if key in final}
+        return {
+            key: readable(choice, final[key]) for key, choice in self.choices_by_key.items() if key in final
+        }
 
     def status(self) -> dict[str, list[float]]:
         """The current decision as a list of floats for every key."""
-        return {key: [float(value) for value in torch.as_tensor(mask).tolist()] for key, mask in self._cache.items()}
+        return {
+            key: [float(value) for value in torch.as_tensor(mask).tolist()]
+            for key, mask in self._cache.items()
+        }
 
 
 def readable(choice: Choice, mask: Any) -> Any:

@@ -1,4 +1,5 @@
-"""The one table of fusions: two ordinary functions, before and after, and in words when the second may not be used."""
+"""The one table of fusions: two ordinary functions, before and after, and in words when the second may not be
+used."""
 
 from __future__ import annotations
 
@@ -18,8 +19,10 @@ Combine = Callable[[Sequence[Tensor], Tensor, str], Tensor]
 class Pattern:
     """A rewrite of the weighted combination of a choice.
 
-    `before` and `after` take the outputs of the candidates that take part, their weights (one each) and the reduction, and
-    compute the same. `why_not` says why a choice does not match; `why_not_tensors` why particular outputs do not.
+    `before` and `after` take the outputs of the candidates that take part, their weights (one each) and the
+    reduction, and
+    compute the same. `why_not` says why a choice does not match; `why_not_tensors` why particular outputs do
+    not.
     """
 
     name: str
@@ -72,4 +75,3 @@ PATTERNS = (
         why_not_tensors=_why_not_tensors,
     ),
 )
-

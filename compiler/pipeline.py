@@ -39,7 +39,8 @@ def names(passes: Sequence[Pass] = DEFAULT) -> list[str]:
 def run(gm: fx.GraphModule, passes: Sequence[Pass] = DEFAULT, *, skip: Sequence[str] = ()) -> dict[str, int]:
     """Run the passes in order on `gm`, in place; the answer is the number of rewrites of each.
 
-    After every pass the graph must be legal for its stage (`spec`). Raises NascompileError for an unknown name in `skip`.
+    After every pass the graph must be legal for its stage (`spec`). Raises NascompileError for an unknown
+    name in `skip`.
     """
     unknown = [name for name in skip if name not in names(passes)]
     if unknown:

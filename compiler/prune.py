@@ -1,6 +1,7 @@
 """`nascompile.prune`: the network of one architecture, without choices and without anything it does not need.
 
-The user's own forward is traced with the decisions bound, so that Python code follows them (`if x is not None`).
+The user's own forward is traced with the decisions bound, so that Python code follows them (`if x is not
+None`).
 """
 
 from __future__ import annotations
@@ -41,15 +42,20 @@ def prune(
     *,
     weights: str = "inherit",
 ) -> fx.GraphModule:
-    """The network of `architecture` as a new GraphModule; `model` is left as it is and shares nothing with it.
+    """The network of `architecture` as a new GraphModule; `model` is left as it is and shares nothing with
+    it.
 
-    example_inputs: a tensor or a tuple of the arguments of `forward`; needed where arguments are lists, dicts or None.
-    weights: "inherit" copies the model's, "fresh" initialises anew with each module's `reset_parameters`. Parameters are
-    named as in the model after `apply_fixed_architecture`. Where train and eval mode take different ways, the graph
+    example_inputs: a tensor or a tuple of the arguments of `forward`; needed where arguments are lists, dicts
+    or None.
+    weights: "inherit" copies the model's, "fresh" initialises anew with each module's `reset_parameters`.
+    Parameters are
+    named as in the model after `apply_fixed_architecture`. Where train and eval mode take different ways, the
+    graph
     follows `train()` and `eval()`. What could not be traced stays a module of its own, listed in
     `lean.meta["nascompile"]["islands"]`.
 
-    Raises ArchitectureError when the architecture does not fit, NascompileError for weights that cannot be made fresh.
+    Raises ArchitectureError when the architecture does not fit, NascompileError for weights that cannot be
+    made fresh.
     """
     if weights not in ("inherit", "fresh"):
         raise NascompileError(f'weights is {weights!r}, expected "inherit" or "fresh"')
@@ -71,9 +77,11 @@ def prune(
 
 
 def load_supernet(lean: fx.GraphModule, state: nn.Module | Mapping[str, torch.Tensor]) -> None:
-    """Copy the weights of a supernet (the model, or its `state_dict`) into a lean network made from it, in place.
+    """Copy the weights of a supernet (the model, or its `state_dict`) into a lean network made from it, in
+    place.
 
-    Raises NascompileError naming the first tensor that is missing or has another shape; nothing is copied then.
+    Raises NascompileError naming the first tensor that is missing or has another shape; nothing is copied
+    then.
     """
     tensors = unwrap(state).state_dict() if isinstance(state, nn.Module) else state
     names = lean.meta["nascompile"]["names"]
@@ -81,10 +89,13 @@ def load_supernet(lean: fx.GraphModule, state: nn.Module | Mapping[str, torch.Te
     for name, tensor in own.items():
         source = names[name]
         if source not in tensors:
-            raise NascompileError(f"the supernet has no tensor {source!r}, which {name!r} of the lean network needs")
+            raise NascompileError(
+                f"the supernet has no tensor {source!r}, which {name!r} of the lean network needs"
+            )
         if tensors[source].shape != tensor.shape:
             raise NascompileError(
-                f"{source!r} of the supernet has shape {tuple(tensors[source].shape)}, expected {tuple(tensor.shape)}"
+                f"{source!r} of the supernet has shape {tuple(tensors[source].shape)}, "
+                f"expected {tuple(tensor.shape)}"
             )
     lean.load_state_dict({name: tensors[names[name]] for name in own})
 
@@ -140,7 +151,10 @@ def _record_layouts(gm: fx.GraphModule, model: nn.Module, args: tuple[Any, ...])
 
 def _one_node(tracer: ModelTracer, forward: Any, args: tuple[Any, ...], guess: bool) -> fx.Graph:
     graph = fx.Graph()
-    names = [p.name for p in (required_parameters(forward) if guess else inspect.signature(forward).parameters.values())]
+    names = [
+        p.name
+        for p in (required_parameters(forward) if guess else inspect.signature(forward).parameters.values())
+    ]
     used = names if guess else names[: len(args)]
     graph.output(graph.call_module(WHOLE, tuple(graph.placeholder(name) for name in used)))
     return graph
@@ -165,7 +179,9 @@ def _assemble(source: nn.Module, graphs: dict[bool, fx.Graph], masks: Mapping[st
             if node.op not in ("call_module", "get_attr"):
                 continue
             path = str(node.target)
-            lean_name = path if path == WHOLE and not hasattr(source, WHOLE) else _lean_name(source, path, masks)
+            lean_name = (
+                path if path == WHOLE and not hasattr(source, WHOLE) else _lean_name(source, path, masks)
+            )
             if lean_name not in parts:
                 part = source if path == WHOLE and not hasattr(source, WHOLE) else _get(source, path)
                 names.update(_names_of(part, path if part is not source else "", lean_name, masks))
@@ -261,8 +277,8 @@ def _fresh(model: nn.Module) -> nn.Module:
     ]
     if uncovered:
         raise NascompileError(
-            f'weights="fresh": {uncovered[0]!r} belongs to a module without reset_parameters; define it, or use '
-            'weights="inherit"'
+            f'weights="fresh": {uncovered[0]!r} belongs to a module without reset_parameters; define it, '
+            'or use weights="inherit"'
         )
     for module in clone.modules():
         reset = _reset(module)

@@ -1,4 +1,5 @@
-"""How a forward is called: the shape of a call, and placeholders that rebuild its arguments inside a trace."""
+"""How a forward is called: the shape of a call, and placeholders that rebuild its arguments inside a
+trace."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ _CONSTANTS = (bool, int, str, bytes, type(None), torch.dtype, torch.device)
 
 
 def call_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Equal for calls that one trace can serve: the nesting, the places of tensors and floats, all other values."""
+    """Equal for calls that one trace can serve: the nesting, the places of tensors and floats, all other
+    values."""
     return _shape(args), _shape(kwargs)
 
 
@@ -73,7 +75,9 @@ def guessed_inputs(tracer: fx.Tracer, forward: Callable[..., Any]) -> tuple[tupl
 
 def required_parameters(forward: Callable[..., Any]) -> list[inspect.Parameter]:
     """The parameters that a call has to give."""
-    return [parameter for parameter in inspect.signature(forward).parameters.values() if _is_required(parameter)]
+    return [
+        parameter for parameter in inspect.signature(forward).parameters.values() if _is_required(parameter)
+    ]
 
 
 def _is_required(parameter: inspect.Parameter) -> bool:
@@ -87,16 +91,25 @@ def _placeholder(tracer: fx.Tracer, parameter: inspect.Parameter) -> fx.Proxy:
     if parameter.default is not parameter.empty:
         # a default that fx cannot write down is only ever used as the trace's constant
         default = (parameter.default if isinstance(parameter.default, (*_CONSTANTS, float)) else None,)
+    elif parameter.kind is parameter.KEYWORD_ONLY and _has_default_before(tracer.graph):
+        # the graph knows no keyword-only arguments: Python wants a default after a default; every call gives a value
+        default = (None,)
     return tracer.create_proxy("placeholder", prefix + parameter.name, default, {})
+
+
+def _has_default_before(graph: fx.Graph) -> bool:
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    starred = any(str(node.target).startswith("*") for node in placeholders)
+    return not starred and any(node.args for node in placeholders)
 
 
 def _rebuild(proxy: Any, example: Any) -> Any:
     if isinstance(example, torch.Tensor | float):
         return proxy
-    if isinstance(example, tuple) and hasattr(example, "_fields"):
-        items = [_rebuild(proxy.tracer.create_proxy("call_function", getattr, (proxy, f), {}), getattr(example, f))
-                 for f in example._fields]  # fmt: skip
-        return type(example)(*items)
+    fields = getattr(example, "_fields", None) if isinstance(example, tuple) else None
+    if fields is not None:
+        make: Any = type(example)
+        return make(*(_rebuild(_field(proxy, name), getattr(example, name)) for name in fields))
     if isinstance(example, list | tuple):
         return type(example)(_rebuild(_item(proxy, index), item) for index, item in enumerate(example))
     if isinstance(example, dict):
@@ -104,6 +117,10 @@ def _rebuild(proxy: Any, example: Any) -> Any:
     if isinstance(example, _CONSTANTS):
         return example
     raise NotTraceable(f"is given a {type(example).__name__} as an argument")
+
+
+def _field(proxy: Any, name: str) -> Any:
+    return proxy.tracer.create_proxy("call_function", getattr, (proxy, name), {})
 
 
 def _item(proxy: Any, key: Any) -> Any:

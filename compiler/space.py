@@ -1,4 +1,5 @@
-"""Reads the search space out of a model: keys, the tree of mutables, and the checks that make it consistent."""
+"""Reads the search space out of a model: keys, the tree of mutables, and the checks that make it
+consistent."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ Choice = LayerChoice | InputChoice
 
 
 class StructuredMutableTreeNode:
-    """A mutable and those nested in it; the root holds no mutable. Iterating visits each key once, parents first."""
+    """A mutable and those nested in it; the root holds no mutable. Iterating visits each key once, parents
+    first."""
 
     def __init__(self, mutable: Mutable | None) -> None:
         self.mutable = mutable
@@ -60,7 +62,8 @@ def unwrap(model: nn.Module) -> nn.Module:
 def read_space(model: nn.Module) -> StructuredMutableTreeNode:
     """The tree of all mutables of `model` in registration order, with their names and keys set.
 
-    Raises SpaceError when mutables that share a key differ in their number of candidates, or `choose_from` names a
+    Raises SpaceError when mutables that share a key differ in their number of candidates, or `choose_from`
+    names a
     key that does not come earlier.
     """
     root = StructuredMutableTreeNode(None)
@@ -83,7 +86,8 @@ def all_choices(model: nn.Module) -> list[Choice]:
 
 
 def candidate_names(choice: Choice) -> list[str]:
-    """The names of the candidates: of the layers, or of the inputs (their index where there is no source key)."""
+    """The names of the candidates: of the layers, or of the inputs (their index where there is no source
+    key)."""
     if isinstance(choice, LayerChoice):
         return list(choice.names)
     return [source or str(index) for index, source in enumerate(choice.choose_from)]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import fx
 
 from nascompile.compiler.inplace import mutated_value
-from nascompile.compiler.lower import LoweredChoice, LoweredInputChoice, LoweredLayerChoice, Shared
+from nascompile.compiler.lower import LoweredChoice, LoweredInputChoice, LoweredLayerChoice, is_shared
 from nascompile.compiler.mutables import InputChoice, LayerChoice
 
 Rule = Callable[[fx.GraphModule, fx.Node], str | None]
@@ -44,7 +44,7 @@ def _lowered_calls(gm: fx.GraphModule, node: fx.Node) -> str | None:
     for index, prefix in enumerate(shared):
         if prefix is None:
             continue
-        if not isinstance(prefix, fx.Node) or prefix.target is not Shared:
+        if not isinstance(prefix, fx.Node) or not is_shared(prefix):
             return f"prefix {index} is not a shared value"
         assert isinstance(node.target, LoweredLayerChoice)
         if node.target.bodies[index] is None:
@@ -53,7 +53,7 @@ def _lowered_calls(gm: fx.GraphModule, node: fx.Node) -> str | None:
 
 
 def _shared_sources_stay(gm: fx.GraphModule, node: fx.Node) -> str | None:
-    if node.target is not Shared:
+    if not is_shared(node):
         return None
     for user in (user for source in node.all_input_nodes for user in source.users):
         if mutated_value(gm, user) in node.all_input_nodes:
@@ -73,5 +73,3 @@ def check(gm: fx.GraphModule, stage: str, after: str) -> None:
         for rule in STAGES[stage]:
             problem = rule(gm, node)
             assert problem is None, f"illegal after {after}: {node.format_node()}: {problem}"
-
-

@@ -1,7 +1,10 @@
-"""Traces a user's forward into an fx graph; what cannot be traced stays an island that runs as the user wrote it.
+"""Traces a user's forward into an fx graph; what cannot be traced stays an island that runs as the user wrote
+it.
 
-The tracer refuses rather than guesses: anything that would make the recorded graph differ from the program (a branch on
-data, a changed attribute, random numbers drawn in Python, a gradient mode) turns the module it happens in into an island.
+The tracer refuses rather than guesses: anything that would make the recorded graph differ from the program (a
+branch on
+data, a changed attribute, random numbers drawn in Python, a gradient mode) turns the module it happens in
+into an island.
 """
 
 from __future__ import annotations
@@ -36,7 +39,8 @@ _IN_PLACE_OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow",
 
 @dataclass(frozen=True, slots=True)
 class Island:
-    """A module whose own forward runs eagerly, as written; the choices inside it are compiled all the same."""
+    """A module whose own forward runs eagerly, as written; the choices inside it are compiled all the
+    same."""
 
     path: str
     file: str
@@ -83,13 +87,15 @@ class _RecordFactories(TorchFunctionMode):
 class ModelTracer(fx.Tracer):
     """Traces one module of a model (by default all of it), with node targets relative to the model.
 
-    With `inline_choices` the bound (or forced) mutator decides at trace time and choices leave no trace; otherwise
-    each choice stays one node. Afterwards `islands`, `notes` (why a module is left whole) and `guards` (what the trace
+    With `inline_choices` the bound (or forced) mutator decides at trace time and choices leave no trace;
+    otherwise
+    each choice stays one node. Afterwards `islands`, `notes` (why a module is left whole) and `guards` (what
+    the trace
     took for granted) say what was found.
     """
 
     def __init__(self, model: nn.Module, *, inline_choices: bool = False) -> None:
-        super().__init__(autowrap_modules=())
+        super().__init__()
         self.root = model
         self.inline_choices = inline_choices
         self.tensor_attrs = {}
@@ -107,14 +113,17 @@ class ModelTracer(fx.Tracer):
                     self.places.setdefault(child, (module._modules, name))
         self.submodule_paths = self.paths
         self._tensors = _tensor_paths(model)
-        self._ambient = _ambient_modes()
+        self._ambient = ambient_modes()
 
     def proxy(self, node: fx.Node) -> TensorProxy:
         """Wrap a node (fx interface)."""
         return TensorProxy(node, self)
 
-    def trace_module(self, path: str, make_inputs: Callable[[ModelTracer], tuple[tuple[Any, ...], dict[str, Any]]]) -> bool:
-        """Trace the module at `path` into `self.graph`; False, with the island on record, when it cannot be done."""
+    def trace_module(
+        self, path: str, make_inputs: Callable[[ModelTracer], tuple[tuple[Any, ...], dict[str, Any]]]
+    ) -> bool:
+        """Trace the module at `path` into `self.graph`; False, with the island on record, when it cannot be
+        done."""
         module = self.root.get_submodule(path)
         self.graph = fx.Graph()
         reason = why_whole(module)
@@ -173,9 +182,12 @@ class ModelTracer(fx.Tracer):
             raise NotTraceable(f"calls a {type(mod).__name__} that is not part of the model")
         return self.paths[mod]
 
-    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None) -> fx.Node:
-        """Record a node, unless the program has changed a mode that the graph would not carry (fx interface)."""
-        if _ambient_modes() != self._ambient:
+    def create_node(
+        self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None
+    ) -> fx.Node:
+        """Record a node, unless the program has changed a mode that the graph would not carry (fx
+        interface)."""
+        if ambient_modes() != self._ambient:
             raise NotTraceable("changes the gradient, inference or autocast mode in forward")
         return super().create_node(kind, target, args, kwargs, name, type_expr)
 
@@ -200,6 +212,10 @@ class ModelTracer(fx.Tracer):
         if isinstance(module, MutableScope):
             self.has_scopes = True
         return output
+
+    def _recorded(self, factory: Callable[..., Any]) -> Callable[..., Any]:
+        # torch refuses a proxy as a size before it asks a mode
+        return lambda *args, **kwargs: self.create_proxy("call_function", factory, args, kwargs)
 
     def _roll_back(self, before: fx.Node | None) -> None:
         for node in reversed(list(self.graph.nodes)):
@@ -227,6 +243,7 @@ class ModelTracer(fx.Tracer):
                 (MutableScope, "__call__", call),
                 (nn.Module, "__getattr__", lookup),
                 (torch.autograd.Function, "apply", classmethod(apply)),
+                *((torch, factory.__name__, self._recorded(factory)) for factory in _FACTORIES),
             ):
                 patches.callback(setattr, owner, name, owner.__dict__[name])
                 setattr(owner, name, value)
@@ -236,7 +253,8 @@ class ModelTracer(fx.Tracer):
 
 
 def is_builtin(module: nn.Module) -> bool:
-    """Whether a module is one operation to the tracer: a forward of torch.nn, also when inherited, or a scripted one."""
+    """Whether a module is one operation to the tracer: a forward of torch.nn, also when inherited, or a
+    scripted one."""
     definer = next(one for one in type(module).__mro__ if "forward" in one.__dict__)
     builtin = definer.__module__.startswith(("torch.nn", "torch.ao.nn")) and definer is not nn.Sequential
     return builtin or isinstance(module, torch.jit.ScriptModule)
@@ -310,12 +328,14 @@ def _tensor_paths(model: nn.Module) -> dict[int, str]:
     return paths
 
 
-def _ambient_modes() -> tuple[Any, ...]:
+def ambient_modes() -> tuple[Any, ...]:
+    """The modes of torch that a forward may ask for and change; a trace holds only for those it was made in."""
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         tuple(
-            (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")
+            (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+            for device in ("cpu", "cuda")
         ),
     )
 

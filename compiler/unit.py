@@ -15,14 +15,15 @@ from nascompile.compiler.lower import LoweredChoice
 from nascompile.compiler.mutables import InputChoice, LayerChoice, MutableScope
 from nascompile.compiler.mutator import BaseMutator
 from nascompile.compiler.signature import call_shape, guessed_shape, inputs_like
-from nascompile.compiler.trace import Island, ModelTracer, own_forward
+from nascompile.compiler.trace import Island, ModelTracer, ambient_modes, own_forward
 
 ENTRY_LIMIT = 16  # traces kept for one module; past it the module runs as written
 
 
 @dataclass(slots=True)
 class Entry:
-    """One trace: for which calls it holds, and what runs then. `function` is None where the forward runs as written."""
+    """One trace: for which calls it holds, and what runs then. `function` is None where the forward runs as
+    written."""
 
     shape: Any
     guards: Guards
@@ -52,7 +53,7 @@ class Unit:
 
     def entry(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entry:
         """The trace for a call; made when there is none yet."""
-        shape = call_shape(args, kwargs)
+        shape = call_shape(args, kwargs), ambient_modes()
         for entry in self.entries:
             if entry.suits(shape):
                 return entry
@@ -61,11 +62,13 @@ class Unit:
             island = Island(self.path, "", 0, reason)
             return Entry(shape, Guards(), islands={self.path: island})
         forward = own_forward(self.module)
-        return self._trace(shape, lambda t: t.trace_module(self.path, lambda u: inputs_like(u, forward, args, kwargs)))
+        return self._trace(
+            shape, lambda t: t.trace_module(self.path, lambda u: inputs_like(u, forward, args, kwargs))
+        )
 
     def guess(self) -> Entry:
         """A trace made without an example call."""
-        shape = guessed_shape(own_forward(self.module))
+        shape = guessed_shape(own_forward(self.module)), ambient_modes()
         return self._trace(shape, lambda tracer: tracer.trace_guessed(self.path))
 
     def _trace(self, shape: Any, trace: Callable[[ModelTracer], bool]) -> Entry:
@@ -84,7 +87,9 @@ class Unit:
     def _compile(self, entry: Entry, tracer: ModelTracer) -> None:
         graph = tracer.graph
         gm = fx.GraphModule(nn.Module(), fx.Graph())
-        gm.__dict__.update({name: self.model.__dict__[name] for name in ("_modules", "_parameters", "_buffers")})
+        gm.__dict__.update(
+            {name: self.model.__dict__[name] for name in ("_modules", "_parameters", "_buffers")}
+        )
         gm.meta.update(guards=tracer.guards, notes=entry.notes, tracer=tracer)
         gm.graph = graph
         islands = dict(tracer.islands)
@@ -99,8 +104,10 @@ class Unit:
 
 def listens_to_scopes(mutator: BaseMutator | None) -> bool:
     """Whether the mutator wants to know when scopes are entered and left."""
+    if mutator is None:
+        return False
     own = type(mutator)
-    return mutator is not None and (
+    return (
         own.enter_mutable_scope is not BaseMutator.enter_mutable_scope
         or own.exit_mutable_scope is not BaseMutator.exit_mutable_scope
     )

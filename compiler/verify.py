@@ -1,4 +1,5 @@
-"""Runs a fresh trace beside the program it was made from; a difference means that the trace is not the program."""
+"""Runs a fresh trace beside the program it was made from; a difference means that the trace is not the
+program."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ _TOLERANCE = 2e-2
 
 
 class EverythingChosen(Mutator):
-    """Decides, without being bound, for every layer with equal weights and for as many inputs as each choice takes."""
+    """Decides, without being bound, for every layer with equal weights and for as many inputs as each choice
+    takes."""
 
     def __init__(self, weighted: bool) -> None:
         nn.Module.__init__(self)
@@ -33,30 +35,30 @@ class EverythingChosen(Mutator):
         return read_mask(mask, length, key), mask
 
 
-def difference(model: nn.Module, compiled: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+def difference(
+    model: nn.Module, compiled: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> str | None:
     """What distinguishes the compiled model's output from the model's on one call, or None.
 
-    Buffers and random states are as before afterwards. A model that itself cannot run with all candidates is compared
+    Buffers and random states are as before afterwards. A model that itself cannot run with all candidates is
+    compared
     with the first candidate of every choice, and not at all if that fails as well.
     """
     for weighted in (True, False):
         with forced_mutator(EverythingChosen(weighted)), torch.no_grad():
             try:
-                expected = _run(model, args, kwargs)
+                with state_kept(model, args, kwargs):
+                    expected = model(*args, **kwargs)
             except Exception:  # the user's own model refuses this decision; the next one may suit it
                 continue
             try:
-                actual = _run(compiled, args, kwargs)
+                with state_kept(model, args, kwargs):
+                    actual = compiled(*args, **kwargs)
             except Exception as error:
-                return f"the trace fails where the model runs: {type(error).__name__}: {str(error).splitlines()[0]}"
+                first_line = next(iter(str(error).splitlines()), "")
+                return f"the trace fails where the model runs: {type(error).__name__}: {first_line}"
         return _compare(expected, actual)
     return None
-
-
-def _run(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    module: Any = model
-    with state_kept(module, args, kwargs):
-        return model(*args, **kwargs)
 
 
 @contextmanager
@@ -85,7 +87,10 @@ def _compare(expected: Any, actual: Any) -> str | None:
     for one, other in zip(left, right, strict=True):
         if isinstance(one, Tensor) and isinstance(other, Tensor):
             if one.shape != other.shape or one.dtype != other.dtype:
-                return f"the trace returns {other.dtype} {tuple(other.shape)}, the model {one.dtype} {tuple(one.shape)}"
+                return (
+                    f"the trace returns {other.dtype} {tuple(other.shape)}, "
+                    f"the model {one.dtype} {tuple(one.shape)}"
+                )
             one, other = one.to(torch.float64), other.to(torch.float64)
             scale = one.nan_to_num().abs().max().item() if one.numel() else 0.0
             if not torch.allclose(one, other, rtol=0, atol=_TOLERANCE * scale + 1e-6, equal_nan=True):

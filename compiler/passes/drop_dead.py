@@ -1,4 +1,5 @@
-"""Removes every computation whose result no output depends on. For lean networks; a search keeps its side effects."""
+"""Removes every computation whose result no output depends on. For lean networks; a search keeps its side
+effects."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from nascompile.compiler.inplace import base_of, mutated_value
 def drop_dead(gm: fx.GraphModule) -> int:
     """Erase all nodes that the output does not need, and those that change only values it does not need.
 
-    Legal for a network that is trained afresh: what is removed has no influence on any output. In-place operations on
+    Legal for a network that is trained afresh: what is removed has no influence on any output. In-place
+    operations on
     a value that is needed, also through a view of it, are kept.
     """
     live = _live(gm)
@@ -23,7 +25,11 @@ def drop_dead(gm: fx.GraphModule) -> int:
 def _live(gm: fx.GraphModule) -> set[fx.Node]:
     live: set[fx.Node] = set()
     frontier = [node for node in gm.graph.nodes if node.op == "output"]
-    changes = [(node, base_of(gm, value)) for node in gm.graph.nodes if (value := mutated_value(gm, node)) is not None]
+    changes = [
+        (node, base_of(gm, value))
+        for node in gm.graph.nodes
+        if (value := mutated_value(gm, node)) is not None
+    ]
     while frontier:
         node = frontier.pop()
         if node in live:
@@ -32,5 +38,7 @@ def _live(gm: fx.GraphModule) -> set[fx.Node]:
         frontier.extend(node.all_input_nodes)
         bases = {base_of(gm, member) for member in live}
         # buffers of the model are changed for the next call to see
-        frontier.extend(n for n, base in changes if n not in live and (base in bases or base.op == "get_attr"))
+        frontier.extend(
+            n for n, base in changes if n not in live and (base in bases or base.op == "get_attr")
+        )
     return live

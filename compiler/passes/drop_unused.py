@@ -13,7 +13,8 @@ _PURE_METHODS = frozenset({"size", "dim", "numel", "stride", "item", "is_contigu
 def drop_unused(gm: fx.GraphModule) -> int:
     """Erase attribute reads, item reads and shape questions without users, last first.
 
-    Legal because these compute nothing and change nothing. Everything else stays even when its result is unused: in
+    Legal because these compute nothing and change nothing. Everything else stays even when its result is
+    unused: in
     the user's program it moves running statistics and the random state.
     """
     dropped = 0

@@ -1,4 +1,5 @@
-"""Removes additions of zeros, such as those of a chosen `none` operation, and with them what only gave the zeros a shape."""
+"""Removes additions of zeros, such as those of a chosen `none` operation, and with them what only gave the
+zeros a shape."""
 
 from __future__ import annotations
 
@@ -11,11 +12,36 @@ from torch import fx
 _MAKES_ZEROS = frozenset({torch.zeros_like, torch.zeros})
 _METHODS_MAKING_ZEROS = frozenset({"new_zeros"})
 _KEEPS_ZERO = frozenset(
-    (operator.getitem, operator.neg, operator.truediv, torch.neg, torch.relu, F.relu, F.avg_pool2d, F.max_pool2d)
-    + (torch.Tensor.repeat, F.dropout)
+    (
+        operator.getitem,
+        operator.neg,
+        operator.truediv,
+        torch.neg,
+        torch.relu,
+        F.relu,
+        F.avg_pool2d,
+        F.max_pool2d,
+        torch.Tensor.repeat,
+        F.dropout,
+    )
 )
 _METHODS_KEEPING_ZERO = frozenset(
-    "repeat expand contiguous view reshape flatten permute transpose relu neg clone detach to div".split()
+    [
+        "repeat",
+        "expand",
+        "contiguous",
+        "view",
+        "reshape",
+        "flatten",
+        "permute",
+        "transpose",
+        "relu",
+        "neg",
+        "clone",
+        "detach",
+        "to",
+        "div",
+    ]
 )
 _ADDITIONS = frozenset({operator.add, torch.add})
 _PRODUCTS = frozenset({operator.mul, torch.mul})
@@ -24,7 +50,8 @@ _PRODUCTS = frozenset({operator.mul, torch.mul})
 def drop_zero_terms(gm: fx.GraphModule) -> int:
     """Replace `a + zeros` by `a` where both have the shape and type of the sum (`node.meta["layout"]`).
 
-    Legal because adding zero changes no value, and no gradient flows into zeros made from a shape. Nodes without a known
+    Legal because adding zero changes no value, and no gradient flows into zeros made from a shape. Nodes
+    without a known
     layout are left alone. `x * 0` counts as zeros: for finite x it is.
     """
     zeros = _zeros(gm)

@@ -11,27 +11,35 @@ from torch import fx
 from nascompile.compiler.inplace import is_in_place, is_view
 from nascompile.compiler.lower import LoweredChoice
 
-_OUT_OF_PLACE = {
-    getattr(operator, f"i{name}"): name for name in ("add", "sub", "mul", "truediv", "pow")
-}
+_OUT_OF_PLACE = {getattr(operator, f"i{name}"): name for name in ("add", "sub", "mul", "truediv", "pow")}
 
 
 def out_of_place(operation: str, value: Any, other: Any) -> Any:
     """`operator.<operation>(value, other)` in the type of `value`, as the in-place form keeps it."""
     result = getattr(operator, operation)(value, other)
-    return result.to(value.dtype) if isinstance(result, torch.Tensor) and isinstance(value, torch.Tensor) else result
+    return (
+        result.to(value.dtype)
+        if isinstance(result, torch.Tensor) and isinstance(value, torch.Tensor)
+        else result
+    )
 
 
 def functionalize_in_place(gm: fx.GraphModule) -> int:
-    """Make in-place arithmetic functional when the old value, and all that may share its memory, is not used later.
+    """Make in-place arithmetic functional when the old value, and all that may share its memory, is not used
+    later.
 
-    Legal because then the old value cannot be seen again. Inputs, parameters and buffers are visible outside and stay
+    Legal because then the old value cannot be seen again. Inputs, parameters and buffers are visible outside
+    and stay
     in place. It repairs programs such as `x = relu(choice(x)); x += skip`, which eager autograd refuses.
     """
     order = {node: position for position, node in enumerate(gm.graph.nodes)}
     rewritten = 0
     for node in list(gm.graph.nodes):
-        if node.op != "call_function" or node.target not in _OUT_OF_PLACE or not isinstance(node.args[0], fx.Node):
+        if (
+            node.op != "call_function"
+            or node.target not in _OUT_OF_PLACE
+            or not isinstance(node.args[0], fx.Node)
+        ):
             continue
         family = _may_share_memory(gm, node.args[0], order, order[node])
         if any(member.op in ("placeholder", "get_attr") for member in family):
@@ -44,7 +52,9 @@ def functionalize_in_place(gm: fx.GraphModule) -> int:
     return rewritten
 
 
-def _may_share_memory(gm: fx.GraphModule, value: fx.Node, order: dict[fx.Node, int], before: int) -> set[fx.Node]:
+def _may_share_memory(
+    gm: fx.GraphModule, value: fx.Node, order: dict[fx.Node, int], before: int
+) -> set[fx.Node]:
     family = {value}
     frontier = [value]
     while frontier:

@@ -11,7 +11,8 @@ from nascompile.compiler.patterns import PATTERNS
 def fuse_weighted_sums(gm: fx.GraphModule) -> int:
     """Set the first pattern that matches on every lowered choice; note in words why none does.
 
-    Legal because each pattern computes the same sum, rounded once instead of after every operation; outputs that do not
+    Legal because each pattern computes the same sum, rounded once instead of after every operation; outputs
+    that do not
     suit the kernel are combined as written at run time.
     """
     fused = 0

@@ -1,4 +1,5 @@
-"""Turns choice modules into callables that follow the decision without going through the mutator's dispatch."""
+"""Turns choice modules into callables that follow the decision without going through the mutator's
+dispatch."""
 
 from __future__ import annotations
 
@@ -12,8 +13,10 @@ from nascompile.compiler.mutables import InputChoice, LayerChoice
 def lower_choices(gm: fx.GraphModule) -> int:
     """Replace every call of a choice by a call of its lowered form.
 
-    Legal because the lowered form asks the same mutator for the same decision, and hands the call over to a mutator
-    that has its own way of carrying a choice out. What it takes for granted (names, reduction, no hooks) becomes a guard.
+    Legal because the lowered form asks the same mutator for the same decision, and hands the call over to a
+    mutator
+    that has its own way of carrying a choice out. What it takes for granted (names, reduction, no hooks)
+    becomes a guard.
     """
     guards: Guards = gm.meta["guards"]
     rewritten = 0
@@ -31,6 +34,10 @@ def lower_choices(gm: fx.GraphModule) -> int:
             if hasattr(choice, name):
                 guards.saw(choice, name, getattr(choice, name))
         shared = ((None,) * len(choice),) if isinstance(choice, LayerChoice) else ()
-        node.op, node.target, node.args = "call_function", lowered(choice, str(node.target)), (*shared, *node.args)
+        node.op, node.target, node.args = (
+            "call_function",
+            lowered(choice, str(node.target)),
+            (*shared, *node.args),
+        )
         rewritten += 1
     return rewritten

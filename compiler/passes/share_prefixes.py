@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from nascompile.compiler.candidates import Candidate, read_candidate, structure
 from nascompile.compiler.inplace import base_of, mutated_value
-from nascompile.compiler.lower import LoweredLayerChoice, Shared
+from nascompile.compiler.lower import LoweredLayerChoice, Shared, SharedCall
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +24,16 @@ class _Consumer:
 
 
 def share_prefixes(gm: fx.GraphModule) -> int:
-    """Give candidates of all choices on one source a common, lazily computed prefix; the count is of prefixes saved.
+    """Give candidates of all choices on one source a common, lazily computed prefix; the count is of prefixes
+    saved.
 
-    Legal because a prefix has no parameters, no state and no randomness, so equal prefixes of one value are equal; it
+    Legal because a prefix has no parameters, no state and no randomness, so equal prefixes of one value are
+    equal; it
     is computed only if a chosen candidate needs it. Not done where anything may change the source in place.
     """
-    changed = {base_of(gm, value) for node in gm.graph.nodes if (value := mutated_value(gm, node)) is not None}
+    changed = {
+        base_of(gm, value) for node in gm.graph.nodes if (value := mutated_value(gm, node)) is not None
+    }
     saved = 0
     for source, nodes in _choices_by_source(gm).items():
         if base_of(gm, source) in changed:
@@ -91,7 +95,8 @@ def _share(gm: fx.GraphModule, source: fx.Node, consumers: list[_Consumer]) -> i
         target: LoweredLayerChoice = consumer.node.target  # type: ignore[assignment]
         assert consumer.candidate.body is not None
         target.bodies[consumer.index] = functools.partial(consumer.candidate.body, consumer.module)
-        place = (target.choice._modules, target.choice.names[consumer.index])  # type: ignore[union-attr]
+        choice: Any = target.choice
+        place = (choice._modules, choice.names[consumer.index])  # type: ignore[union-attr]
         consumer.candidate.guard(consumer.module, gm.meta["guards"], place)
         shared = list(consumer.node.args[0])  # type: ignore[arg-type]
         shared[consumer.index] = value
@@ -105,17 +110,17 @@ def _first_user(gm: fx.GraphModule, consumers: list[_Consumer]) -> fx.Node:
 
 
 def _shared_node(gm: fx.GraphModule, step: fx.Node, consumer: _Consumer, value: fx.Node) -> fx.Node:
-    function: Any = step.target
-    if step.op == "call_module":
-        # "self": the candidate is that one module
-        path = consumer.path if step.target == "self" else f"{consumer.path}.{step.target}"
-        module = gm.get_submodule(path)
-        parent, _, name = path.rpartition(".")
-        gm.meta["guards"].traced(module, (gm.get_submodule(parent)._modules, name))
-        for name in config_names(module):
-            gm.meta["guards"].saw(module, name, module.__dict__[name])
-        function = gm.graph.get_attr(path)
-    return gm.graph.call_function(Shared, (function, value, *step.args[1:]), dict(step.kwargs))
+    if step.op == "call_function":
+        target: Any = SharedCall(step.target)  # type: ignore[arg-type]
+        return gm.graph.call_function(target, (value, *step.args[1:]), dict(step.kwargs))
+    # "self": the candidate is that one module
+    path = consumer.path if step.target == "self" else f"{consumer.path}.{step.target}"
+    module = gm.get_submodule(path)
+    parent, _, name = path.rpartition(".")
+    gm.meta["guards"].traced(module, (gm.get_submodule(parent)._modules, name))
+    for name in config_names(module):
+        gm.meta["guards"].saw(module, name, module.__dict__[name])
+    return gm.graph.call_function(Shared, (gm.graph.get_attr(path), value), dict(step.kwargs))
 
 
 def config_names(module: nn.Module) -> list[str]:
