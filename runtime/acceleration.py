@@ -58,7 +58,7 @@ class Acceleration:
         with self._active():
             self._accelerator = Accelerator(cpu=self.device.type == "cpu", mixed_precision=precision)
             # accelerate always takes the current CUDA device
-            self._accelerator.state.device = self.device
+            self._accelerator.state.__dict__["device"] = self.device
 
     @contextlib.contextmanager
     def _active(self) -> Iterator[None]:
@@ -78,9 +78,11 @@ class Acceleration:
             yield
 
     def prepare(self, optimizer: torch.optim.Optimizer) -> AcceleratedOptimizer:
-        """The optimizer as accelerate steps it: unscales gradients, skips overflows. The original stays valid."""
+        """The optimizer as accelerate steps it: unscaled, without overflows. The original stays valid."""
         with self._active():
-            return self._accelerator.prepare_optimizer(optimizer)
+            prepared = self._accelerator.prepare_optimizer(optimizer)
+        assert isinstance(prepared, AcceleratedOptimizer)
+        return prepared
 
     def backward(self, loss: Tensor, inputs: Sequence[Tensor]) -> None:
         """Add the (scaled) gradient of `loss` to `.grad` of `inputs`, and to nothing else."""

@@ -28,6 +28,8 @@ def unrolled_gradient(
     optimizer: torch.optim.Optimizer,
     alphas: Sequence[nn.Parameter],
     buffers: Sequence[Tensor] = (),
+    *,
+    radius: float = RADIUS,
 ) -> list[Tensor]:
     """d L_valid(w'(alpha), alpha) / d alpha, where w' is w after one training step (DARTS, section 2.3).
 
@@ -35,7 +37,7 @@ def unrolled_gradient(
     step is that of torch.optim.SGD, momentum, dampening, Nesterov, weight decay and learning rates of all
     groups included; for any other optimizer it is plain gradient descent with the group's learning rate and
     weight decay. Gradient clipping is not part of it, and a parameter that has no part in the training loss
-    does not move. The product with the mixed second derivative is a central difference with eps = 0.01/||v||,
+    does not move. The product with the mixed second derivative is a central difference, eps = radius/||v||,
     where v is the gradient of the validation loss at w', scaled by the relative rates when groups differ.
 
     All three forward passes on the training loss see the same random numbers (otherwise the difference of two
@@ -46,7 +48,7 @@ def unrolled_gradient(
     kept = [w.detach().clone() for w in weights]
     kept_buffers = [b.detach().clone() for b in buffers]
     try:
-        return _gradient(train_loss, valid_loss, optimizer, weights, list(alphas), kept)
+        return _gradient(train_loss, valid_loss, optimizer, weights, list(alphas), kept, radius)
     finally:
         _set(weights, kept)
         _set(buffers, kept_buffers)
@@ -59,6 +61,7 @@ def _gradient(
     weights: list[nn.Parameter],
     alphas: list[nn.Parameter],
     kept: list[Tensor],
+    radius: float,
 ) -> list[Tensor]:
     before = random_state()
     grads = torch.autograd.grad(train_loss(), weights, allow_unused=True)
@@ -77,7 +80,7 @@ def _gradient(
     if norm == 0.0:
         return direct
 
-    eps = RADIUS / norm
+    eps = radius / norm
     sides = []
     for sign in (eps, -eps):
         _set(weights, [w if v is None else w + sign * v for w, v in zip(kept, direction, strict=True)])

@@ -28,7 +28,7 @@ class Callback:
     trainer: Trainer
 
     def build(self, model: nn.Module, mutator: BaseMutator, trainer: Trainer) -> None:
-        """Called once, when the trainer is complete."""
+        """Called once, when the trainer is made (what only its subclass adds is not there yet)."""
         self.model = model
         self.mutator = mutator
         self.trainer = trainer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from nascompile.runtime.darts_mutator import DartsMutator
 from nascompile.runtime.loading import EpochLoader, split_indices
 from nascompile.runtime.meters import AverageMeterGroup
 from nascompile.runtime.randomness import new_generator
-from nascompile.runtime.trainer import Loss, Metrics, Trainer, prepare_run
+from nascompile.runtime.trainer import Loss, Metrics, RunOptions, Trainer
 
 
 class DartsTrainer(Trainer):
@@ -33,6 +33,7 @@ class DartsTrainer(Trainer):
     counts in the running statistics, as in the reference.
     """
 
+    default_mutator = DartsMutator
     mutator: DartsMutator
 
     def __init__(
@@ -53,20 +54,21 @@ class DartsTrainer(Trainer):
         arc_learning_rate: float = 3.0e-4,
         unrolled: bool = False,
         *,
-        seed: int | None = None,
-        **options: Any,
+        aux_weight: float = 0.4,
+        **options: Unpack[RunOptions],
     ) -> None:
         if unrolled and options.get("precision") == "fp16":
             raise NascompileError('unrolled=True does not go with precision "fp16"; use "bf16" or "no"')
-        mutator = prepare_run(model, mutator, DartsMutator, seed)
         super().__init__(
             model, mutator, loss, metrics, optimizer, num_epochs, dataset_train, dataset_valid,
-            batch_size, workers, device, log_frequency, callbacks, **options,
+            batch_size, workers, device, log_frequency, callbacks, aux_weight=aux_weight, **options,
         )  # fmt: skip
         self.unrolled = unrolled
         self.mutator.to(self.device)
         self.alphas: list[nn.Parameter] = [p for p in self.mutator.parameters() if p.requires_grad]
         if not self.alphas:
+            if mutator is None:
+                self.mutator.release()
             raise NascompileError("DARTS has nothing to search: the model has no LayerChoice")
         self.ctrl_optim = torch.optim.Adam(
             self.alphas, arc_learning_rate, betas=(0.5, 0.999), weight_decay=1e-3
@@ -75,7 +77,6 @@ class DartsTrainer(Trainer):
         for_weights, for_alphas = split_indices(dataset_train, 0.5, new_generator())
         self.train_loader = self.make_loader(dataset_train, indices=for_weights)
         self.valid_loader = self.make_loader(dataset_train, indices=for_alphas)
-        self.begin_callbacks()
 
     @property
     def steps_per_epoch(self) -> int:

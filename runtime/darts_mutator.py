@@ -82,8 +82,8 @@ class DartsMutator(Mutator):
                 ]
                 if unknown:
                     logger.warning(
-                        "InputChoice %r: inputs %s do not name a LayerChoice in choose_from, so DARTS cannot rank "
-                        "them; they have strength 0 when %d of %d inputs are kept",
+                        "InputChoice %r: inputs %s do not name a LayerChoice in choose_from, so DARTS cannot "
+                        "rank them; they have strength 0 when %d of %d inputs are kept",
                         key,
                         unknown,
                         choice.n_chosen,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from nascompile.runtime.loading import EpochLoader, split_indices
 from nascompile.runtime.meters import AverageMeterGroup
 from nascompile.runtime.randomness import new_generator
 from nascompile.runtime.sampling_trainer import SamplingTrainer
-from nascompile.runtime.trainer import Loss, Metrics, prepare_run
+from nascompile.runtime.trainer import Loss, Metrics, RunOptions
 
 
 class EnasTrainer(SamplingTrainer):
@@ -29,17 +29,19 @@ class EnasTrainer(SamplingTrainer):
 
     The reward of a sample is `reward_function(logits, target)` on one batch, in evaluation mode for macro and
     micro spaces alike, plus `entropy_weight` times the policy's entropy, which is detached: it shifts the
-    reward and has no gradient of its own. The baseline is a running average with `baseline_decay` that starts
-    at the first reward and runs on through all epochs; a sample is compared with the baseline of those before
-    it, which keeps the gradient unbiased (the reference updates first, which only scales the advantage by
-    `baseline_decay`). `skip_weight` weighs the skip penalty of `EnasMutator`. Gradients of both are clipped
-    to norm 5.
+    reward and has no gradient of its own. The baseline is a running average with `baseline_decay` over all
+    epochs, and the plain mean of the rewards as long as that forgets faster (with a decay of 0.999 a baseline
+    that starts anywhere else is wrong for a thousand samples). A sample is compared with the baseline of
+    those before it, which keeps the gradient unbiased (the reference updates first, which only scales the
+    advantage). `skip_weight` weighs the skip penalty of `EnasMutator`. Gradients of both are clipped to norm
+    5.
 
     At the end `samples` architectures are sampled and the one with the best mean reward on the 10 % is kept.
     `test_arc_per_epoch` is how many samples a validation averages over. The controller stays on the CPU: it
     is a sequence of very small operations.
     """
 
+    default_mutator = EnasMutator
     mutator: EnasMutator
 
     def __init__(
@@ -69,8 +71,7 @@ class EnasTrainer(SamplingTrainer):
         test_arc_per_epoch: int = 1,
         *,
         samples: int = 10,
-        seed: int | None = None,
-        **options: Any,
+        **options: Unpack[RunOptions],
     ) -> None:
         if min(child_steps, mutator_steps_aggregate, test_arc_per_epoch) < 1 or mutator_steps < 0:
             raise NascompileError(
@@ -78,7 +79,6 @@ class EnasTrainer(SamplingTrainer):
                 f"test_arc_per_epoch {test_arc_per_epoch} have to be at least 1, "
                 f"mutator_steps {mutator_steps} at least 0"
             )
-        mutator = prepare_run(model, mutator, EnasMutator, seed)
         super().__init__(
             model, mutator, loss, metrics, optimizer, num_epochs, dataset_train, dataset_valid,
             batch_size, workers, device, log_frequency, callbacks,
@@ -88,6 +88,7 @@ class EnasTrainer(SamplingTrainer):
         self.skip_weight = skip_weight
         self.baseline_decay = baseline_decay
         self.baseline: float | None = None
+        self.rewards_seen = 0
         self.child_steps = child_steps
         self.mutator_steps_aggregate = mutator_steps_aggregate
         self.mutator_steps = mutator_steps
@@ -96,7 +97,6 @@ class EnasTrainer(SamplingTrainer):
         for_weights, for_controller = split_indices(dataset_train, 0.9, new_generator())
         self.train_loader = self.make_loader(dataset_train, indices=for_weights)
         self.valid_loader = self.make_loader(dataset_train, indices=for_controller)
-        self.begin_callbacks()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -118,11 +118,12 @@ class EnasTrainer(SamplingTrainer):
 
     def extra_state(self) -> dict[str, Any]:
         """The baseline."""
-        return {"baseline": self.baseline}
+        return {"baseline": self.baseline, "rewards_seen": self.rewards_seen}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Restore the baseline."""
         self.baseline = state["baseline"]
+        self.rewards_seen = state["rewards_seen"]
 
     def train_one_epoch(self, epoch: int) -> dict[str, float]:
         """Train the weights, then the controller."""
@@ -174,7 +175,9 @@ class EnasTrainer(SamplingTrainer):
         if self.baseline is None:
             self.baseline = reward
         advantage = reward - self.baseline
-        self.baseline = self.baseline_decay * self.baseline + (1 - self.baseline_decay) * reward
+        decay = min(self.baseline_decay, self.rewards_seen / (self.rewards_seen + 1))
+        self.baseline = decay * self.baseline + (1 - decay) * reward
+        self.rewards_seen += 1
         return advantage
 
     @torch.no_grad()

@@ -69,7 +69,7 @@ class EnasMutator(Mutator):
         self.embedding = nn.ModuleDict({str(n): nn.Embedding(n, lstm_size) for n in lengths})
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -0.1, 0.1)
-        self.register_buffer("skip_targets", torch.tensor([1 - skip_target, skip_target]), persistent=False)
+        self.skip_target = skip_target
         self._biases = {
             choice.key: [branch_bias if _is_convolution(candidate) else -branch_bias for candidate in choice]
             for choice in layer_choices
@@ -166,9 +166,8 @@ class EnasMutator(Mutator):
         logits = torch.cat([-query, query], dim=1)  # (n, 2): leave, take
         skip = self._draw(logits)
         log_p = F.log_softmax(logits, dim=-1)
-        self.sample_skip_penalty = (
-            self.sample_skip_penalty + (log_p.exp() * (log_p - self.skip_targets.log())).sum()
-        )
+        wanted = log_p.new_tensor([1 - self.skip_target, self.skip_target]).log()
+        self.sample_skip_penalty = self.sample_skip_penalty + (log_p.exp() * (log_p - wanted)).sum()
         taken = skip.to(anchors.dtype)
         self._inputs = (taken @ anchors / (1 + taken.sum())).unsqueeze(0)
         return skip.bool().cpu()

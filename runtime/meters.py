@@ -12,7 +12,7 @@ _numbers = itertools.count(1)
 
 
 def global_mutable_counting() -> int:
-    """The next number of a count through the whole program, from 1. (Keys are per model and do not use it.)"""
+    """The next number of a program-wide count from 1. (Keys are per model and do not use it.)"""
     return next(_numbers)
 
 

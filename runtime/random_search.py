@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from nascompile.runtime.loading import EpochLoader
 from nascompile.runtime.meters import AverageMeterGroup
 from nascompile.runtime.random_mutator import RandomMutator
 from nascompile.runtime.sampling_trainer import SamplingTrainer
-from nascompile.runtime.trainer import Loss, Metrics, prepare_run
+from nascompile.runtime.trainer import Loss, Metrics, RunOptions
 
 
 class RandomTrainer(SamplingTrainer):
@@ -25,6 +25,7 @@ class RandomTrainer(SamplingTrainer):
     NNI's trainers and of `Trainer`. (Li and Talwalkar 2019, arXiv 1902.07638.)
     """
 
+    default_mutator = RandomMutator
     mutator: RandomMutator
 
     def __init__(
@@ -45,17 +46,15 @@ class RandomTrainer(SamplingTrainer):
         *,
         reward_function: Callable[[Any, Any], Any] | None = None,
         samples: int = 20,
-        seed: int | None = None,
-        **options: Any,
+        aux_weight: float = 0.4,
+        **options: Unpack[RunOptions],
     ) -> None:
-        mutator = prepare_run(model, mutator, RandomMutator, seed)
         super().__init__(
             model, mutator, loss, metrics, optimizer, num_epochs, dataset_train, dataset_valid,
             batch_size, workers, device, log_frequency, callbacks,
-            reward_function=reward_function, samples=samples, **options,
+            reward_function=reward_function, samples=samples, aux_weight=aux_weight, **options,
         )  # fmt: skip
         self.train_loader = self.make_loader(dataset_train)
-        self.begin_callbacks()
 
     @property
     def steps_per_epoch(self) -> int:

@@ -7,7 +7,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -30,16 +30,15 @@ logger = logging.getLogger(__name__)
 
 Loss = Callable[[Any, Any], Tensor]
 Metrics = Callable[[Any, Any], Any]
-AnyMutator = TypeVar("AnyMutator", bound=Mutator)
 
 
-def prepare_run(
-    model: nn.Module, mutator: AnyMutator | None, make: Callable[[nn.Module], AnyMutator], seed: int | None
-) -> AnyMutator:
-    """Seed the generators if `seed` is given, then make the mutator unless there is one."""
-    if seed is not None:
-        seed_everything(seed)
-    return make(unwrap(model)) if mutator is None else mutator
+class RunOptions(TypedDict, total=False):
+    """The keyword arguments of `Trainer` that every search passes on."""
+
+    compile: bool
+    precision: str
+    seed: int | None
+    folder: str | Path | None
 
 
 class Trainer(BaseTrainer):
@@ -61,10 +60,13 @@ class Trainer(BaseTrainer):
     `decisions` the mean decision of every epoch: a list of floats for every key.
     """
 
+    #: what makes the mutator when none is given
+    default_mutator: ClassVar[Callable[[nn.Module], Mutator] | None] = None
+
     def __init__(
         self,
         model: nn.Module,
-        mutator: Mutator,
+        mutator: Mutator | None,
         loss: Loss,
         metrics: Metrics | None,
         optimizer: torch.optim.Optimizer,
@@ -79,6 +81,7 @@ class Trainer(BaseTrainer):
         *,
         compile: bool = True,
         precision: str = "no",
+        seed: int | None = None,
         folder: str | Path | None = None,
         aux_weight: float = 0.4,
     ) -> None:
@@ -87,14 +90,11 @@ class Trainer(BaseTrainer):
         size_of(dataset_train, "dataset_train")
         size_of(dataset_valid, "dataset_valid")
         self.model = unwrap(model)
-        if mutator.model is not self.model:
-            raise NascompileError(
-                f"the {type(mutator).__name__} is bound to another model than the trainer's"
-            )
+        if mutator is not None and mutator.model is not self.model:
+            raise NascompileError(f"the {type(mutator).__name__} is bound to another model")
         self.acceleration = Acceleration(device, precision)
         self.device = self.acceleration.device
         self.model.to(self.device)
-        self.mutator = mutator
         self.loss = loss.to(self.device) if isinstance(loss, nn.Module) else loss
         self.metrics = metrics
         self.optimizer = optimizer
@@ -116,13 +116,25 @@ class Trainer(BaseTrainer):
         self._decided: dict[str, Tensor] = {}
         self._decided_count = 0
         self._prepared = self.acceleration.prepare(optimizer)
+        if seed is not None:
+            seed_everything(seed)
         self.test_loader = self.make_loader(dataset_valid, shuffle=False)
-        self.compiled: nn.Module | None = self._compile(model) if compile else None
-
-    def begin_callbacks(self) -> None:
-        """Tell the callbacks that the trainer is complete; the last thing a constructor does."""
+        self.mutator = self._new_mutator() if mutator is None else mutator
+        try:
+            self.compiled: nn.Module | None = self._compile(model) if compile else None
+        except Exception:
+            # a model that could not be compiled is as free as before
+            if mutator is None:
+                self.mutator.release()
+            raise
         for callback in self.callbacks:
             callback.build(self.model, self.mutator, self)
+
+    def _new_mutator(self) -> Mutator:
+        make = type(self).default_mutator
+        if make is None:
+            raise NascompileError(f"{type(self).__name__} needs a mutator")
+        return make(self.model)
 
     def _compile(self, model: nn.Module) -> nn.Module:
         if model is not self.model:
@@ -298,9 +310,11 @@ class Trainer(BaseTrainer):
         for parameter in parameters:
             parameter.grad = None
         logits, loss = self.forward(batch)
-        self.acceleration.backward(loss, parameters)
-        self.acceleration.clip(self._prepared, parameters, 5.0)
-        self._prepared.step()
+        # a sampled path may be without parameters
+        if loss.requires_grad:
+            self.acceleration.backward(loss, parameters)
+            self.acceleration.clip(self._prepared, parameters, 5.0)
+            self._prepared.step()
         meters.update({"loss": loss, **self.measure(logits, batch)}, batch.size)
         self.step += 1
         for callback in self.callbacks:

@@ -5,12 +5,32 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from nascompile.compiler.errors import NascompileError
 from nascompile.runtime.checkpoint import read_checkpoint, why_not_tensors, write_checkpoint
 from nascompile.runtime.randomness import random_state, restore_random_state
 
 if TYPE_CHECKING:
+    from nascompile.runtime.callbacks import Callback
     from nascompile.runtime.trainer import Trainer
+
+
+_PARTS = (
+    "trainer",
+    "epoch",
+    "history",
+    "decisions",
+    "model",
+    "mutator",
+    "loss",
+    "optimizers",
+    "scaler",
+    "callbacks",
+    "loaders",
+    "random",
+    "extra",
+)
 
 
 def save_state(trainer: Trainer, folder: str | Path) -> Path:
@@ -27,32 +47,33 @@ def save_state(trainer: Trainer, folder: str | Path) -> Path:
         "scaler": trainer.acceleration.state_dict(),
         "callbacks": [
             {"class": type(callback).__name__, "state": callback.state_dict()}
-            for callback in trainer.callbacks
+            for callback in _with_state(trainer)
         ],
         "loaders": {name: loader.state_dict() for name, loader in trainer.loaders().items()},
         "random": random_state(),
         "extra": trainer.extra_state(),
     }
+    assert tuple(state) == _PARTS
     return write_checkpoint(folder, state)
 
 
 def load_state(trainer: Trainer, folder: str | Path) -> None:
-    """Put back what `save_state` wrote; raises NascompileError, with nothing changed, when it does not fit."""
+    """Put back what `save_state` wrote; raises NascompileError, changing nothing, when it does not fit."""
     path, state = read_checkpoint(folder)
-    try:
-        reason = _why_not(trainer, state)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise NascompileError(f"checkpoint {str(path)!r} is incomplete: {error}") from error
+    missing = [part for part in _PARTS if part not in state]
+    if missing:
+        raise NascompileError(f"checkpoint {str(path)!r} is incomplete: it lacks {', '.join(missing)}")
+    reason = _why_not(trainer, state)
     if reason is not None:
         raise NascompileError(f"checkpoint {str(path)!r} does not fit: {reason}")
     trainer.model.load_state_dict(state["model"])
     trainer.mutator.load_state_dict(state["mutator"])
-    if state["loss"]:
-        trainer.loss.load_state_dict(state["loss"])  # pyright: ignore[reportFunctionMemberAccess]
+    if isinstance(trainer.loss, nn.Module):
+        trainer.loss.load_state_dict(state["loss"])
     for name, optimizer in trainer.optimizers().items():
         optimizer.load_state_dict(state["optimizers"][name])
     trainer.acceleration.load_state_dict(state["scaler"])
-    for callback, saved in zip(trainer.callbacks, state["callbacks"], strict=True):
+    for callback, saved in zip(_with_state(trainer), state["callbacks"], strict=True):
         callback.load_state_dict(saved["state"])
     for name, loader in trainer.loaders().items():
         loader.load_state_dict(state["loaders"][name])
@@ -76,9 +97,9 @@ def _why_not(trainer: Trainer, state: dict[str, Any]) -> str | None:
     if reason is not None:
         return reason
     saved = [callback["class"] for callback in state["callbacks"]]
-    current = [type(callback).__name__ for callback in trainer.callbacks]
+    current = [type(callback).__name__ for callback in _with_state(trainer)]
     if saved != current:
-        return f"it was written with the callbacks {saved}, there are {current}"
+        return f"it has the states of the callbacks {saved}, there are {current}"
     for name, loader in trainer.loaders().items():
         reason = loader.why_not(state["loaders"][name])
         if reason is not None:
@@ -95,6 +116,10 @@ def _why_not_optimizers(trainer: Trainer, saved: dict[str, Any]) -> str | None:
     return None
 
 
+def _with_state(trainer: Trainer) -> list[Callback]:
+    # the others, such as a progress bar, may come and go
+    return [callback for callback in trainer.callbacks if callback.state_dict()]
+
+
 def _loss_state(trainer: Trainer) -> dict[str, Any]:
-    state_dict = getattr(trainer.loss, "state_dict", None)
-    return state_dict() if callable(state_dict) else {}
+    return trainer.loss.state_dict() if isinstance(trainer.loss, nn.Module) else {}
