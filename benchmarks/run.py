@@ -20,13 +20,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks import kernels
+from benchmarks import kernels, lean
 from benchmarks.timing import keep_memory, machine
 
 RESULTS = Path(__file__).resolve().parent / "results"
 # every suite yields rows with the columns below; a new suite is one file and one line
 SUITES: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
     "kernels": kernels.rows,
+    "lean": lean.rows,
 }
 COLUMNS = ("suite", "name", "case", "peer", "median_ms", "p20_ms", "p80_ms", "ratio", "wrong")
 
