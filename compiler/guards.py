@@ -68,6 +68,23 @@ class Guards:
         read = tuple((names[module], name) for module, name, _, _ in self._attributes.values())
         return read, tuple(names[module] for module in self._modules.values())
 
+    def mark(self) -> tuple[int, ...]:
+        """How much has been taken for granted so far, for `forget_since`."""
+        return len(self._attributes), len(self._containers), len(self._modules), len(self._places)
+
+    def forget_since(self, mark: tuple[int, ...]) -> None:
+        """Drop what was recorded after `mark`, except modes; containers get their content back."""
+        attributes, containers, modules, places = mark
+        for key in list(self._attributes)[attributes:]:
+            if key[1] != "training":
+                del self._attributes[key]
+        for key in list(self._containers)[containers:]:
+            _, container, content = self._containers.pop(key)
+            _put_back(container, content)
+        for key in list(self._modules)[modules:]:
+            del self._modules[key]
+        del self._places[places:]
+
     def constants(self) -> dict[str, Any]:
         """The plain attributes that were read, by class and name; modes left out."""
         found = {}

@@ -203,12 +203,18 @@ class ModelTracer(fx.Tracer):
         return super().create_arg(a)
 
     def _run(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        state = _random_states()
+        state, taken = _random_states(), self.guards.mark()
         self.guards.traced(module, self.places.get(module))
-        output = forward(*args, **kwargs)
-        if not _same_random_states(state, _random_states()):
-            raise NotTraceable("draws random numbers in Python")
-        self.guards.require_containers_unchanged()
+        try:
+            output = forward(*args, **kwargs)
+            if not _same_random_states(state, _random_states()):
+                raise NotTraceable("draws random numbers in Python")
+            self.guards.require_containers_unchanged()
+        except Exception:
+            # the module will run as written: what it read may change, and what it drew has not been drawn
+            _set_random_states(state)
+            self.guards.forget_since(taken)
+            raise
         if isinstance(module, MutableScope):
             self.has_scopes = True
         return output
@@ -341,9 +347,16 @@ def ambient_modes() -> tuple[Any, ...]:
 
 
 def _random_states() -> tuple[Any, ...]:
-    return torch.get_rng_state(), numpy.random.get_state(legacy=False)["state"], random.getstate()
+    return torch.get_rng_state(), numpy.random.get_state(legacy=False), random.getstate()
+
+
+def _set_random_states(states: tuple[Any, ...]) -> None:
+    torch.set_rng_state(states[0])
+    numpy.random.set_state(states[1])
+    random.setstate(states[2])
 
 
 def _same_random_states(left: tuple[Any, ...], right: tuple[Any, ...]) -> bool:
-    numpy_same = left[1]["pos"] == right[1]["pos"] and bool((left[1]["key"] == right[1]["key"]).all())
+    one, other = left[1]["state"], right[1]["state"]
+    numpy_same = one["pos"] == other["pos"] and bool((one["key"] == other["key"]).all())
     return torch.equal(left[0], right[0]) and numpy_same and left[2] == right[2]

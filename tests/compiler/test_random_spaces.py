@@ -1,0 +1,233 @@
+"""Properties that hold for every search space: compiled equals eager, pruned equals the supernet under the decision."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import HealthCheck, event, given, settings
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+import nascompile
+from nascompile.compiler.mutables import Mutable
+from nascompile.compiler.trace import ModelTracer
+from nascompile.fixed import FixedArchitecture
+from nascompile.mutator import Mutator
+from tests import random_spaces as spaces
+from tests.random_spaces import Again, Island, Plan, Skip
+
+EXAMPLES = settings(max_examples=60, suppress_health_check=list(HealthCheck))
+FEWER = settings(max_examples=20, suppress_health_check=list(HealthCheck))
+CLOSE = {"rtol": 1e-9, "atol": 1e-10}  # fp64: only the order of sums may differ
+
+
+class Decided(Mutator):
+    """Decides what it is told."""
+
+
+def decision(architecture: dict[str, list[Any]]) -> dict[str, Tensor]:
+    """Masks as a search gives them: booleans, or weights that want a gradient."""
+    return {
+        key: torch.tensor(mask, dtype=torch.float64, requires_grad=True) if isinstance(mask[0], float) else torch.tensor(mask)
+        for key, mask in architecture.items()
+    }  # fmt: skip
+
+
+def tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor)]
+
+
+def run(
+    model: nn.Module, plan: Plan, masks: dict[str, Tensor], *, seed: int = 0, batch: int = 2
+) -> dict[str, Any]:
+    """One step: outputs, all gradients (None where there is none), and the buffers after it."""
+    args, kwargs = spaces.inputs(plan, seed=seed, batch=batch)
+    torch.manual_seed(seed)
+    random.seed(seed)
+    model.zero_grad(set_to_none=True)
+    # leaves may be changed in place by no one
+    fresh = [leaf * 1 for leaf in tensors((args, kwargs))]
+    for leaf in fresh:
+        leaf.retain_grad()
+    args, kwargs = _replaced((args, kwargs), iter(fresh))
+    outputs = model(*args, **kwargs)
+    wanted = [out for out in tensors(outputs) if out.requires_grad]
+    if wanted:
+        loss = torch.stack(
+            [(out.sin() * torch.linspace(0.5, 1.5, out.numel()).view_as(out)).sum() for out in wanted]
+        )
+        loss.sum().backward()
+    return {
+        "outputs": outputs,
+        "inputs": [leaf.grad for leaf in fresh],
+        "weights": {name: parameter.grad for name, parameter in model.named_parameters()},
+        "decisions": {key: mask.grad for key, mask in masks.items()},
+        "buffers": dict(model.named_buffers()),
+    }
+
+
+def _replaced(value: Any, fresh: Any) -> Any:
+    return torch.utils._pytree.tree_map(lambda leaf: next(fresh) if isinstance(leaf, Tensor) else leaf, value)
+
+
+def assert_same(actual: Any, expected: Any, *, exact: bool = False) -> None:
+    """Equal nesting, types and None; equal tensors, bit for bit or up to the order of sums."""
+    left, left_spec = tree_flatten(actual)
+    right, right_spec = tree_flatten(expected)
+    assert left_spec == right_spec
+    for one, other in zip(left, right, strict=True):
+        assert type(one) is type(other), f"{one} instead of {other}"
+        if isinstance(one, Tensor):
+            assert one.dtype == other.dtype
+            tolerance = {"rtol": 0, "atol": 0} if exact else CLOSE
+            torch.testing.assert_close(one, other, equal_nan=True, **tolerance)
+        else:
+            assert one == other
+
+
+def attempt(model: nn.Module, plan: Plan, masks: dict[str, Tensor], **options: Any) -> dict[str, Any] | None:
+    """`run`, or None where eager autograd refuses an in-place operation of the user's."""
+    try:
+        return run(model, plan, masks, **options)
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error) or "is being modified inplace" in str(error)
+        event("eager autograd refuses an in-place operation")
+        return None
+
+
+plans_and_architectures = spaces.plans().flatmap(
+    lambda plan: st.tuples(st.just(plan), st.lists(spaces.architectures(plan), min_size=1, max_size=3))
+)
+
+
+def both(plan: Plan, *, example: bool) -> tuple[nn.Module, Mutator, nascompile.CompiledModel, Mutator]:
+    eager, model = spaces.build(plan), spaces.build(plan)
+    args, kwargs = spaces.inputs(plan)
+    compiled = nascompile.compile(model, args if example and not kwargs else None)
+    return eager, Decided(eager), compiled, Decided(model)
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    # some spaces have no weights at all
+    parameters = [*model.parameters(), nn.Parameter(torch.zeros(()))]
+    return torch.optim.SGD(parameters, 0.01, momentum=0.9, weight_decay=0.01)
+
+
+def island_paths(plan: Plan) -> set[str]:
+    """The modules that must stay islands, and no others."""
+    if plan.root == "choice":
+        return set()
+    if plan.root == "sequential":
+        chain = [block for block in plan.blocks if not isinstance(block, Skip | Again)]
+        return {str(index) for index, block in enumerate(chain) if isinstance(block, Island)}
+    return {
+        f"blocks.{index}"
+        for index, (first, block) in enumerate(spaces.resolved(plan))
+        if index == first and isinstance(block, Island)
+    }
+
+
+@EXAMPLES
+@given(plans_and_architectures, st.booleans())
+def test_compiled_equals_eager(drawn: tuple[Plan, list[dict[str, Any]]], example: bool) -> None:
+    plan, architectures = drawn
+    eager, oracle, compiled, mutator = both(plan, example=example)
+    optimizers = [sgd(model) for model in (eager, compiled)]
+    for step, architecture in enumerate([*architectures, *architectures]):
+        for mode in (True, False):
+            eager.train(mode)
+            compiled.train(mode)
+            theirs, ours = decision(architecture), decision(architecture)
+            oracle.decide(theirs)
+            mutator.decide(ours)
+            expected = attempt(eager, plan, theirs, seed=step, batch=2 + step % 2)
+            if expected is None:
+                return
+            assert_same(run(compiled, plan, ours, seed=step, batch=2 + step % 2), expected)
+            if mode:
+                for optimizer in optimizers:
+                    optimizer.step()
+    assert {island.path for island in compiled.islands} == island_paths(plan)
+    assert all(island.file == spaces.__file__ and island.line for island in compiled.islands)
+
+
+@FEWER
+@given(plans_and_architectures)
+def test_decisions_are_data(drawn: tuple[Plan, list[dict[str, Any]]]) -> None:
+    plan, architectures = drawn
+    model = spaces.build(plan)
+    compiled = nascompile.compile(model)
+    mutator = Decided(model)
+    with pytest.MonkeyPatch.context() as patch:
+        made: list[ModelTracer] = []
+        original = ModelTracer.__init__
+        patch.setattr(
+            ModelTracer, "__init__", lambda self, *a, **k: (made.append(self), original(self, *a, **k))[1]
+        )
+        counts = []
+        for round_, architecture in enumerate([*architectures * 2]):
+            mutator.decide(decision(architecture))
+            if attempt(compiled, plan, mutator.decision, seed=round_) is None:
+                return
+            counts.append(len(made))
+        assert plan.root == "choice" or made
+    # islands are looked into when a decision first leads there; the model itself is traced once
+    assert counts[-1] == counts[len(architectures) - 1]
+    # a decision for nothing runs the model's own code, and the traces of its parts
+    something = all(any(mask) for architecture in architectures for mask in architecture.values())
+    if something and not island_paths(plan) and not nested(plan):
+        assert len(set(counts)) == 1
+
+
+def draws(plan: Plan) -> bool:
+    return any(word in repr(plan) for word in ("dropout", "drop_path", "draw"))
+
+
+def nested(plan: Plan) -> bool:
+    return "Nested" in repr(plan)
+
+
+plans_and_one = spaces.plans().flatmap(lambda plan: st.tuples(st.just(plan), spaces.architectures(plan)))
+
+
+def infer(model: nn.Module, plan: Plan, *, seed: int = 0) -> Any:
+    """The outputs for one batch, without gradients."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    args, kwargs = spaces.inputs(plan, seed=seed)
+    with torch.no_grad():
+        return model(*args, **kwargs)
+
+
+def state(model: nn.Module) -> tuple[dict[str, Tensor], list[bool]]:
+    return {k: v.clone() for k, v in model.state_dict().items()}, [m.training for m in model.modules()]
+
+
+@EXAMPLES
+@given(plans_and_one)
+def test_pruned_equals_the_supernet(drawn: tuple[Plan, dict[str, Any]]) -> None:
+    plan, architecture = drawn
+    supernet = spaces.build(plan)
+    # statistics that differ from their initial values
+    for name, buffer in supernet.named_buffers():
+        if name.endswith("running_var"):
+            buffer.uniform_(0.5, 2.0)
+    before = state(supernet)
+    args, kwargs = spaces.inputs(plan)
+    if kwargs:
+        return
+    lean = nascompile.prune(supernet, architecture, args)
+    assert_same(state(supernet), before, exact=True)
+    assert not [m for m in lean.modules() if isinstance(m, Mutable)]
+    assert lean.training == supernet.training
+    FixedArchitecture(supernet, architecture).reset()
+    # in training, what the lean network leaves out no longer draws random numbers
+    for mode in (False,) if draws(plan) else (False, True):
+        assert_same(infer(lean.train(mode), plan), infer(supernet.train(mode), plan), exact=not mode)
+    by_hand = spaces.handwritten(plan, architecture)
+    assert sum(p.numel() for p in lean.parameters()) == sum(p.numel() for p in by_hand.parameters())
+    assert set(lean.meta["nascompile"]["islands"]) == island_paths(plan)
