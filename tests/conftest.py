@@ -45,11 +45,12 @@ def pytest_report_header(config: pytest.Config) -> str:
 @pytest.fixture(autouse=True)
 def fixed_randomness(request: pytest.FixtureRequest) -> None:
     """Each test starts from the same random state and thread count, whatever ran before it."""
-    seed = request.config.getoption("--torch-seed")
+    seed: int = request.config.option.torch_seed
+    threads: int = request.config.option.torch_threads
     random.seed(seed)
     numpy.random.seed(seed)
     torch.manual_seed(seed)
-    torch.set_num_threads(request.config.getoption("--torch-threads"))
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
