@@ -1,6 +1,6 @@
 """nascompile: the model-graph compiler for neural architecture search with PyTorch.
 
-The public API is the list below; each name is imported on first use, so that `import nascompile` costs nothing.
+The public API is the list below; each name is imported on first use: `import nascompile` costs nothing.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ _PUBLIC = {
     "NascompileError": "nascompile.compiler.errors",
 }
 
-__all__ = ["__version__", *sorted(_PUBLIC)]  # noqa: PLE0604
+__all__ = ["__version__", *sorted(_PUBLIC)]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
-        raise AttributeError(f"module 'nascompile' has no attribute {name!r}; it has: {', '.join(sorted(_PUBLIC))}")
+        known = ", ".join(sorted(_PUBLIC))
+        raise AttributeError(f"module 'nascompile' has no attribute {name!r}; it has: {known}")
     value = getattr(importlib.import_module(_PUBLIC[name]), name)
     globals()[name] = value
     return value
