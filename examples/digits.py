@@ -1,9 +1,11 @@
 """Search a small network that reads handwritten digits:
 
-    nascompile examples/digits.py --epochs 15 --retrain 30
+    nascompile examples/digits.py --epochs 10 --retrain 20
 
-The data are the 1,797 digits of 8x8 pixels that come with scikit-learn, so nothing is downloaded. The classes are
-ordinary PyTorch with some choices left open; the names at the end of the file are what the command line looks for.
+The data are the 1,797 digits of 8x8 pixels that come with scikit-learn, so nothing is downloaded. The classes
+are
+ordinary PyTorch with some choices left open; the names at the end of the file are what the command line looks
+for.
 """
 
 from collections import OrderedDict
@@ -26,7 +28,8 @@ def conv(channels_in: int, channels_out: int, kernel: int, stride: int = 1, grou
 
 
 def layers(channels: int) -> OrderedDict[str, nn.Module]:
-    """The candidates for one open layer. All of them keep the shape, so that their outputs can be added up."""
+    """The candidates for one open layer. All of them keep the shape, so that their outputs can be added
+    up."""
     return OrderedDict(
         conv1x1=conv(channels, channels, 1),
         conv3x3=conv(channels, channels, 3),
@@ -50,7 +53,8 @@ class Node(nn.Module):
 
 
 class Cell(nn.Module):
-    """Three nodes; the result is all of theirs. Cells use the same keys, so one decision holds for all of them."""
+    """Three nodes; the result is all of theirs. Cells use the same keys, so one decision holds for all of
+    them."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -83,7 +87,8 @@ def accuracy(logits: torch.Tensor, target: torch.Tensor) -> dict[str, float]:
 
 images, labels = load_digits(return_X_y=True)
 digits = TensorDataset(
-    torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16, torch.tensor(labels, dtype=torch.int64)
+    torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16,
+    torch.tensor(labels, dtype=torch.int64),
 )
 # a fixed order, so that the test digits are the same in every run and never seen before the end
 order = torch.randperm(len(digits), generator=torch.Generator().manual_seed(0)).tolist()

@@ -6,8 +6,10 @@ one line on stderr and exit code 2; what is our mistake keeps its traceback.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -32,8 +34,10 @@ class _Group(TyperGroup):
     """Takes a first argument that is no command for the model file of `search`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        own = {"--help", "--version"}
-        if args and args[0] not in self.commands and args[0] not in own:
+        if args and args[0] not in self.commands and args[0] not in ("--help", "--version"):
+            if not args[0].startswith("-") and not args[0].endswith(".py") and not Path(args[0]).exists():
+                known = ", ".join(self.commands)
+                raise typer.BadParameter(f"{args[0]!r} is neither a command nor a file; commands: {known}")
             args = ["search", *args]
         return super().parse_args(ctx, args)
 
@@ -77,7 +81,8 @@ app.command("doctor")(cli_doctor.doctor)
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and leave the process with its exit code."""
-    sys.exit(run(sys.argv[1:] if args is None else args))
+    code = run(sys.argv[1:] if args is None else args)
+    sys.exit(_flushed(code))
 
 
 def run(args: Sequence[str]) -> int:
@@ -94,6 +99,20 @@ def run(args: Sequence[str]) -> int:
         print(f"nascompile: {line}", file=sys.stderr)
         return 2
     return code if isinstance(code, int) else 0
+
+
+def _flushed(code: int) -> int:
+    """Write what is still buffered now, where an error can be told; returns the exit code."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # the interpreter flushes again when it ends: into nothing
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return 1
+        print(f"nascompile: cannot write the output: {error.strerror}", file=sys.stderr)
+        return 2
+    return code
 
 
 def explain_error(error: Exception) -> str | None:

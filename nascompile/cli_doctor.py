@@ -23,7 +23,7 @@ _PACKAGES = (
 def doctor(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Versions, devices, and which implementation of each operation runs here and why not the others."""
+    """Versions, devices, and what each operation runs on here."""
     findings = examine()
     if json:
         from json import dumps

@@ -26,7 +26,7 @@ def explain(
     model: ModelArgument,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """The choices, what each candidate costs, and what could not be compiled and why."""
+    """What is open in the model, and what was compiled."""
     from nascompile.compiler.explain import explain as explain_model
 
     supernet, example = _load(model)
@@ -41,7 +41,7 @@ def draw(
     ] = Path("space.svg"),
     architecture: ArchitectureOption = None,
 ) -> None:
-    """Draw the choice graph, with the path of an architecture if one is given."""
+    """Draw the choice graph, and an architecture in it."""
     from nascompile.compiler.draw import draw as draw_model
 
     _suffix(output, _PICTURES)
@@ -56,7 +56,7 @@ def space(
         typer.Option("--output", "-o", metavar="FILE", help="Write to a file.", show_default=False),
     ] = None,
 ) -> None:
-    """The search space as JSON, in NNI's format."""
+    """Print the search space as JSON, in NNI's format."""
     import json
 
     from nascompile.compiler.architecture import search_space
@@ -74,7 +74,7 @@ def count(
     architecture: ArchitectureOption = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Parameters and FLOPs of the supernet, and of the network that an architecture leaves of it."""
+    """Parameters and FLOPs of supernet and lean network."""
     from nascompile.compiler.measure import count as count_model
 
     supernet, example = _load(model)
@@ -100,7 +100,7 @@ def prune(
     weights: WeightsOption = None,
     code: Annotated[bool, typer.Option("--code", help="Print the lean network's forward as Python.")] = False,
 ) -> None:
-    """Prune the supernet to an architecture and write the weights of the lean network."""
+    """Prune to an architecture, write the lean weights."""
     from nascompile.compiler.measure import count as count_model
     from nascompile.runtime.artefacts import prune_with_weights, weights_of
 
@@ -121,7 +121,7 @@ def export(
     ] = Path("lean.pt2"),
     weights: WeightsOption = None,
 ) -> None:
-    """Prune the supernet to an architecture and export it in the format of the suffix."""
+    """Prune to an architecture, export the lean network."""
     from nascompile.compiler.export import SUFFIXES
     from nascompile.runtime.artefacts import export_lean, prune_with_weights
 

@@ -34,8 +34,8 @@ def grouped(number: float) -> str:
 
 
 def short(number: float) -> str:
-    """A large number to three figures: `12.3 M`."""
+    """A large number to three figures, to be followed by its unit: `12.3 M`, `123 `."""
     for limit, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
         if number >= limit:
             return f"{number / limit:.3g}{unit}"
-    return f"{number:.3g}"
+    return f"{number:.3g} "

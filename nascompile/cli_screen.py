@@ -151,7 +151,7 @@ def _comparison(summary: Summary) -> Table:
         grouped(after.parameters),
         ratio(before.parameters, after.parameters),
     )
-    table.add_row("FLOPs a sample", short(before.flops), short(after.flops), ratio(before.flops, after.flops))
+    table.add_row("FLOPs a sample", short(before.flops).strip(), short(after.flops).strip(), ratio(before.flops, after.flops))
     for part in ("valid", "test"):
         for name, value, other in _metrics(before, after, part):
             table.add_row(f"{part} {name}", f"{value:.4f}", f"[bold]{other:.4f}[/bold]", "")

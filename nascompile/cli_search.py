@@ -50,7 +50,7 @@ def search(
     no_compile: Annotated[bool, typer.Option("--no-compile", help="Run the supernet eagerly.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the final table only.")] = False,
 ) -> None:
-    """Search MODEL.py's space, prune it to the network found, retrain, export, and compare."""
+    """Search, prune, retrain, export, compare: the whole line."""
     given = {
         "method": method,
         "epochs": epochs,
@@ -67,7 +67,6 @@ def search(
     if resume and overwrite:
         raise typer.BadParameter("--resume and --overwrite exclude each other")
     folder = out or Path("runs") / model.stem
-    _check_file(model)
     from nascompile import __version__
     from nascompile.cli_screen import Screen
     from nascompile.runtime.job import SearchJob
@@ -86,15 +85,6 @@ def search(
         screen.title(model, job.settings)
         summary = job.run()
     screen.summary(summary, folder)
-
-
-def _check_file(model: Path) -> None:
-    # before torch is imported: a mistyped command is told at once
-    if not model.exists() and model.suffix != ".py":
-        raise typer.BadParameter(
-            f"{str(model)!r} is neither a command nor a file; commands: search, explain, draw, space, count, "
-            "prune, export, doctor"
-        )
 
 
 @contextmanager

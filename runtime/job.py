@@ -5,6 +5,7 @@ figures.
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import platform
 from collections.abc import Callable, Mapping
@@ -135,17 +136,17 @@ class SearchJob:
         file = ModelFile(self._path)
         ingredients = gather(file, seed=settings.seed, batch_size=settings.batch_size)
         self._look_at_space(file, ingredients)
+        trainer = self._trainer(file, ingredients)
         content = {"file": str(self._path), "settings": settings.to_json()}
         if self._resume:
             self.folder.write_json(SETTINGS, content)
         else:
             self.folder.create(content, overwrite=self._overwrite)
-        handler = self.folder.open_log(logging.getLogger("nascompile"))
-        try:
-            return self._search_and_prune(file, ingredients)
-        finally:
-            logging.getLogger("nascompile").removeHandler(handler)
-            handler.close()
+        with self.folder.logging_to(logging.getLogger("nascompile")):
+            logger.info("%s %s", "resume" if self._resume else "start", json.dumps(content))
+            for note in file.notes:
+                logger.info("default  %s", note)
+            return self._search_and_prune(trainer, ingredients)
 
     def _look_at_space(self, file: ModelFile, ingredients: Ingredients) -> None:
         if self.method.is_weighted:
@@ -161,14 +162,16 @@ class SearchJob:
         for note in file.notes:
             self.observer.say("default", note)
 
-    def _search_and_prune(self, file: ModelFile, ingredients: Ingredients) -> Summary:
-        trainer = self._search(file, ingredients)
+    def _search_and_prune(self, trainer: Trainer, ingredients: Ingredients) -> Summary:
+        self._search(trainer)
         architecture = trainer.mutator.export()
         paths = [self.folder.write_json(ARCHITECTURE, dict(sorted(architecture.items())))]
         lean, retraining = self._lean(trainer, ingredients, architecture)
         example = to_device(ingredients.example_inputs, torch.device("cpu"))
         paths += write_lean(self.folder, copy.deepcopy(lean).cpu(), example, self.settings.formats)
         before, after = self._measure(trainer, ingredients, lean)
+        for name, figures in (("supernet", before), ("lean", after)):
+            logger.info("%s  %s", name, json.dumps(asdict(figures)))
         paths += self._draw(trainer, ingredients, architecture, retraining)
         content = {
             "settings": self.settings.to_json(),
@@ -182,7 +185,8 @@ class SearchJob:
         paths.append(self.folder.write_json(SUMMARY, content))
         return Summary(self.method.name, self.settings.batch_size, before, after, paths)
 
-    def _search(self, file: ModelFile, ingredients: Ingredients) -> Trainer:
+    def _trainer(self, file: ModelFile, ingredients: Ingredients) -> Trainer:
+        """The trainer, where the run stopped if it is resumed."""
         trainer = make_trainer(
             self.method,
             file,
@@ -198,17 +202,20 @@ class SearchJob:
                 raise SettingsError(
                     f"epochs is {self.settings.epochs}, but this run has done {trainer.epoch} already"
                 )
+        return trainer
+
+    def _search(self, trainer: Trainer) -> None:
         self.observer.begin("search", self.settings.epochs, trainer.epoch, trainer.steps_per_epoch)
         trainer.train()
         self.observer.end()
-        return trainer
 
     def _lean(
         self, trainer: Trainer, ingredients: Ingredients, architecture: Mapping[str, Any]
     ) -> tuple[nn.Module, list[dict[str, Any]]]:
         """The lean network, retrained if asked for, and the history of its training."""
         fresh = self.settings.retrain > 0 and not self.settings.inherit
-        seed_everything(self.settings.seed)
+        # another seed than the supernet's, or fresh weights would be those it started from
+        seed_everything(self.settings.seed + 1)
         example = to_device(ingredients.example_inputs, trainer.device)
         lean = prune(ingredients.model, architecture, example, weights="fresh" if fresh else "inherit")
         if self.settings.retrain == 0:

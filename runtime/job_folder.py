@@ -130,13 +130,22 @@ class JobFolder:
             else:
                 path.unlink(missing_ok=True)
 
-    def open_log(self, logger: logging.Logger) -> logging.Handler:
-        """Append what `logger` says to the log file; the caller removes and closes the handler."""
+    @contextlib.contextmanager
+    def logging_to(self, logger: logging.Logger) -> Iterator[None]:
+        """Inside, what `logger` and its children say from INFO upwards is appended to the log file."""
         with writing(self.path / LOG):
             handler = _StrictFileHandler(self.path / LOG, encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
+        level = logger.level
         logger.addHandler(handler)
-        return handler
+        logger.setLevel(logging.INFO)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+            logger.removeHandler(handler)
+            with writing(self.path / LOG):
+                handler.close()
 
     def _clear(self) -> None:
         for name in (*_OURS, *_OURS_BY_FORMAT):

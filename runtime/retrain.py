@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from nascompile.runtime.loading import EpochLoader
 from nascompile.runtime.meters import AverageMeterGroup
 from nascompile.runtime.randomness import seed_everything
 from nascompile.runtime.report import evaluate
+
+logger = logging.getLogger(__name__)
 
 _GRADIENT_NORM = 5.0
 
@@ -94,6 +97,8 @@ class Retraining:
             record = {"epoch": epoch, **self._train_epoch(seed, progress.step), **self._validate()}
             self.history.append(record)
             self._checkpoint()
+            figures = "  ".join(f"{name} {value:.4f}" for name, value in record.items() if name != "epoch")
+            logger.info("retraining %d/%d  %s", epoch + 1, self._settings.retrain, figures)
             progress.epoch(record)
 
     def __len__(self) -> int:
