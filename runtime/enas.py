@@ -122,6 +122,7 @@ class EnasTrainer(SamplingTrainer):
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Restore the baseline."""
+        super().load_extra_state(state)
         self.baseline = state["baseline"]
         self.rewards_seen = state["rewards_seen"]
 

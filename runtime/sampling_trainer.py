@@ -49,6 +49,11 @@ class SamplingTrainer(Trainer):
     def ranking_loader(self) -> EpochLoader:
         """The data on which architectures are compared."""
 
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Forget what was derived from the state before."""
+        self.derived = None
+        self.mutator.keep(None)
+
     def finish(self) -> None:
         """Derive the final architecture."""
         self.derive()

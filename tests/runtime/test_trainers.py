@@ -251,7 +251,7 @@ def test_auxiliary_logits_add_to_the_training_loss_only() -> None:
             self.side = nn.Linear(FEATURES, CLASSES)
 
         def forward(self, x: Tensor) -> Any:
-            return self.op(x), self.side(x) if self.training else None
+            return self.op(x), self.side(x)
 
     model = Auxiliary()
     trainer = make("random", model, aux_weight=0.5)
@@ -285,6 +285,12 @@ def test_averages_weigh_examples_not_batches() -> None:
     logits, loss = trainer.forward(whole)
     assert measured["loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
     assert measured["acc"] == pytest.approx(float(accuracy(logits, whole.target)), rel=1e-5)
+
+
+def test_training_averages_weigh_examples_too() -> None:
+    counting = make("random", Planted(), metrics=lambda logits, target: len(target), dataset_train=data(17))
+    counting.train()
+    assert counting.history[0]["train_metric"] == pytest.approx((16 * 16 + 1) / 17)
 
 
 # ---- how it runs
