@@ -47,7 +47,7 @@ def passed(result: subprocess.CompletedProcess[str]) -> int:
 @needs_triton
 def test_triton_kernels_in_the_interpreter():
     result = run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", TABLE, "-k", "triton"],
+        [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", TABLE, "-k", "triton"],
         TRITON_INTERPRET="1",
     )
     # four types twice, gradcheck, repetition: ten tests for each kernel
@@ -59,7 +59,7 @@ def test_the_table_holds_without_the_extension():
     script = f"""
 import sys, pytest
 sys.modules["nascompile._C"] = None
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "{TABLE}", "-k", "default or opcheck or compiles"]))
+sys.exit(pytest.main(["-qx", "-p", "no:cacheprovider", "{TABLE}", "-k", "default or opcheck or compiles"]))
 """
     result = run([sys.executable, "-c", script])
     assert passed(result) >= 20
