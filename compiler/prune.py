@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,8 @@ def prune(
         tracers[training] = ModelTracer(source, inline_choices=True)
         graphs[training] = _trace(tracers[training], masks, example_inputs, training)
     lean = _assemble(source, graphs, masks)
+    if weights == "fresh":
+        _require_reset(source, lean.meta["nascompile"]["names"].values())
     islands = {path: str(island) for tracer in tracers.values() for path, island in tracer.islands.items()}
     lean.meta["nascompile"].update(
         architecture={key: readable(choice, masks[key]) for key, choice in choices(model).items()},
@@ -268,23 +270,23 @@ def _frozen(model: nn.Module) -> set[nn.Module]:
 
 def _fresh(model: nn.Module) -> nn.Module:
     clone = copy.deepcopy(model)
-    uncovered: Sequence[str] = [
-        f"{path}.{name}" if path else name
-        for path, module in clone.named_modules()
-        if _reset(module) is None
-        for name in module._parameters
-        if module._parameters[name] is not None
-    ]
-    if uncovered:
-        raise NascompileError(
-            f'weights="fresh": {uncovered[0]!r} belongs to a module without reset_parameters; define it, '
-            'or use weights="inherit"'
-        )
     for module in clone.modules():
         reset = _reset(module)
         if reset is not None:
             reset()
     return clone
+
+
+def _require_reset(model: nn.Module, used: Iterable[str]) -> None:
+    """Raise NascompileError for the first used parameter of a module that cannot be initialised anew."""
+    for path in used:
+        owner, _, name = path.rpartition(".")
+        module = model.get_submodule(owner)
+        if name in module._parameters and _reset(module) is None:
+            raise NascompileError(
+                f'weights="fresh": {path!r} belongs to a module without reset_parameters; define it, '
+                'or use weights="inherit"'
+            )
 
 
 def _reset(module: nn.Module) -> Any:

@@ -3,6 +3,7 @@ program."""
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from nascompile.compiler.mutator import Mutator
 
 # loose on purpose: kernels may round differently, a wrong trace differs in kind
 _TOLERANCE = 2e-2
+_CONTAINERS = (list, dict, set)
 
 
 class EverythingChosen(Mutator):
@@ -63,20 +65,40 @@ def difference(
 
 @contextmanager
 def state_kept(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-    """Put the model's buffers, the arguments and all random states back afterwards."""
+    """Put the model's buffers and attributes, the arguments and all random states back afterwards."""
     tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
     kept = [(tensor, tensor.detach().clone()) for tensor in [*model.buffers(), *tensors]]
     devices = sorted({t.device.index or 0 for t, _ in kept if t.device.type == "cuda"})
     numpy_state, python_state = numpy.random.get_state(), random.getstate()
+    attributes = [(module.__dict__, _snapshot(module.__dict__)) for module in model.modules()]
     try:
         with torch.random.fork_rng(devices=devices):
             yield
     finally:
+        for values, snapshot in attributes:
+            _put_back(values, snapshot)
         with torch.no_grad():
             for tensor, before in kept:
                 tensor.copy_(before)
         numpy.random.set_state(numpy_state)
         random.setstate(python_state)
+
+
+def _snapshot(values: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    return {name: (value, copy.copy(value) if isinstance(value, _CONTAINERS) else None)
+            for name, value in values.items()}  # fmt: skip
+
+
+def _put_back(values: dict[str, Any], snapshot: dict[str, tuple[Any, Any]]) -> None:
+    for name, (value, content) in snapshot.items():
+        if isinstance(value, list):
+            value[:] = content
+        elif isinstance(value, _CONTAINERS):
+            value.clear()
+            value.update(content)
+        values[name] = value
+    for name in values.keys() - snapshot.keys():
+        del values[name]
 
 
 def _compare(expected: Any, actual: Any) -> str | None:

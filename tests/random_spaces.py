@@ -68,6 +68,10 @@ class Scale(nn.Module):
         self.calls: Tensor
         self.register_buffer("calls", torch.zeros(()))
 
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.factor, 0.5)
+        self.calls.zero_()
+
     def forward(self, x: Tensor) -> Tensor:
         self.calls.add_(1)
         return x * self.factor
@@ -568,7 +572,7 @@ def inputs(plan: Plan, seed: int = 0, batch: int = 2) -> tuple[tuple[Any, ...], 
         return (x,), {}
     forms: dict[str, Any] = {
         "one": ((x,), {}), "two": ((x, y), {}), "given": ((x, y), {}), "missing": ((x,), {}),
-        "dict": (({"image": x, "more": (y, None)},), {}), "keyword": ((x,), {"y": y, "scale": 0.5}),
+        "dict": (({"image": x, "more": (y, None)},), {}), "keyword": ((x,), {"y": y}),
     }  # fmt: skip
     return forms[plan.inputs]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import random
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch.utils._pytree import tree_flatten
 
 import nascompile
 from nascompile.compiler.mutables import Mutable
+from nascompile.compiler.prune import load_supernet
 from nascompile.compiler.trace import ModelTracer
 from nascompile.fixed import FixedArchitecture
 from nascompile.mutator import Mutator
@@ -76,6 +79,11 @@ def _replaced(value: Any, fresh: Any) -> Any:
 
 def assert_same(actual: Any, expected: Any, *, exact: bool = False) -> None:
     """Equal nesting, types and None; equal tensors, bit for bit or up to the order of sums."""
+    assert_close(actual, expected, **({"rtol": 0, "atol": 0} if exact else CLOSE))
+
+
+def assert_close(actual: Any, expected: Any, **tolerance: float) -> None:
+    """Equal nesting, types and None; tensors within the tolerance."""
     left, left_spec = tree_flatten(actual)
     right, right_spec = tree_flatten(expected)
     assert left_spec == right_spec
@@ -83,7 +91,6 @@ def assert_same(actual: Any, expected: Any, *, exact: bool = False) -> None:
         assert type(one) is type(other), f"{one} instead of {other}"
         if isinstance(one, Tensor):
             assert one.dtype == other.dtype
-            tolerance = {"rtol": 0, "atol": 0} if exact else CLOSE
             torch.testing.assert_close(one, other, equal_nan=True, **tolerance)
         else:
             assert one == other
@@ -194,11 +201,20 @@ def nested(plan: Plan) -> bool:
 plans_and_one = spaces.plans().flatmap(lambda plan: st.tuples(st.just(plan), spaces.architectures(plan)))
 
 
-def infer(model: nn.Module, plan: Plan, *, seed: int = 0) -> Any:
+def example(plan: Plan) -> tuple[Any, ...] | None:
+    """Example inputs by position; None where the model wants keywords, and defaults have to be guessed."""
+    args, kwargs = spaces.inputs(plan)
+    return None if kwargs else args
+
+
+def infer(model: nn.Module, plan: Plan, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:
     """The outputs for one batch, without gradients."""
     torch.manual_seed(seed)
     random.seed(seed)
     args, kwargs = spaces.inputs(plan, seed=seed)
+    args, kwargs = _replaced(
+        (args, kwargs), iter([leaf.detach().to(dtype) for leaf in tensors((args, kwargs))])
+    )
     with torch.no_grad():
         return model(*args, **kwargs)
 
@@ -217,10 +233,7 @@ def test_pruned_equals_the_supernet(drawn: tuple[Plan, dict[str, Any]]) -> None:
         if name.endswith("running_var"):
             buffer.uniform_(0.5, 2.0)
     before = state(supernet)
-    args, kwargs = spaces.inputs(plan)
-    if kwargs:
-        return
-    lean = nascompile.prune(supernet, architecture, args)
+    lean = nascompile.prune(supernet, architecture, example(plan))
     assert_same(state(supernet), before, exact=True)
     assert not [m for m in lean.modules() if isinstance(m, Mutable)]
     assert lean.training == supernet.training
@@ -231,3 +244,78 @@ def test_pruned_equals_the_supernet(drawn: tuple[Plan, dict[str, Any]]) -> None:
     by_hand = spaces.handwritten(plan, architecture)
     assert sum(p.numel() for p in lean.parameters()) == sum(p.numel() for p in by_hand.parameters())
     assert set(lean.meta["nascompile"]["islands"]) == island_paths(plan)
+
+
+@FEWER
+@given(plans_and_one)
+def test_compiled_models_travel(drawn: tuple[Plan, dict[str, Any]]) -> None:
+    """Checkpoints in both directions, deepcopy and pickle, of a model that has been called."""
+    plan, architecture = drawn
+    eager, oracle, compiled, mutator = both(plan, example=False)
+    other = nascompile.compile(spaces.build(plan, seed=1))
+    other.load_state_dict(eager.state_dict())
+    assert_same(dict(other.state_dict()), dict(eager.state_dict()), exact=True)
+    oracle.decide(decision(architecture))
+    mutator.decide(decision(architecture))
+    expected = attempt(eager, plan, oracle.decision)
+    if expected is None:
+        return
+    assert_same(run(compiled, plan, mutator.decision), expected)
+    eager.load_state_dict(compiled.state_dict())
+    twins = [copy.deepcopy(compiled), pickle.loads(pickle.dumps(compiled))]
+    expected = infer(eager, plan)
+    for model in (compiled, *twins):
+        assert isinstance(model, nascompile.CompiledModel)
+        assert_same(infer(model, plan), expected)
+        assert_same(dict(model.state_dict()), dict(eager.state_dict()))
+    mine = {id(tensor) for tensor in (*compiled.parameters(), *compiled.buffers())}
+    assert not any(id(tensor) in mine for twin in twins for tensor in (*twin.parameters(), *twin.buffers()))
+
+
+@FEWER
+@given(plans_and_one)
+def test_other_types(drawn: tuple[Plan, dict[str, Any]]) -> None:
+    """Autocast to bf16, and a model moved to fp32 after it was compiled."""
+    plan, architecture = drawn
+    eager, oracle, compiled, mutator = both(plan, example=True)
+    oracle.decide(decision(architecture))
+    mutator.decide(decision(architecture))
+    eager.float()
+    compiled.float()
+    eager.eval()
+    compiled.eval()
+    single = {"rtol": 1e-4, "atol": 1e-5}
+    assert_close(
+        infer(compiled, plan, dtype=torch.float32), infer(eager, plan, dtype=torch.float32), **single
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = infer(eager, plan, dtype=torch.float32)
+        actual = infer(compiled, plan, dtype=torch.float32)
+    if "draw" not in repr(plan) and "branch" not in repr(plan) and "while" not in repr(plan):
+        assert_close(actual, expected, rtol=0.05, atol=0.05)
+    assert [t.dtype for t in tensors(actual)] == [t.dtype for t in tensors(expected)]
+
+
+plans_and_several = spaces.plans(islands=False).flatmap(
+    lambda plan: st.tuples(st.just(plan), st.lists(spaces.architectures(plan), min_size=2, max_size=3))
+)
+
+
+@FEWER
+@given(plans_and_several)
+def test_lean_networks_side_by_side(drawn: tuple[Plan, list[dict[str, Any]]]) -> None:
+    """Several architectures of one supernet: nothing shared, every parameter used, weights inherited or fresh."""
+    plan, architectures = drawn
+    supernet = spaces.build(plan)
+    leans = [nascompile.prune(supernet, architecture, example(plan)) for architecture in architectures]
+    owners = [supernet, *leans]
+    ids = [{id(tensor) for tensor in (*model.parameters(), *model.buffers())} for model in owners]
+    assert sum(map(len, ids)) == len(set().union(*ids))
+    for lean, architecture in zip(leans, architectures, strict=True):
+        fresh = nascompile.prune(supernet, architecture, example(plan), weights="fresh")
+        assert [name for name, _ in fresh.named_parameters()] == [name for name, _ in lean.named_parameters()]
+        load_supernet(fresh, supernet)
+        assert_same(dict(fresh.state_dict()), dict(lean.state_dict()), exact=True)
+        assert_same(infer(fresh.eval(), plan), infer(lean.eval(), plan), exact=True)
+        if attempt(lean.train(), plan, {}) is not None:
+            assert [name for name, parameter in lean.named_parameters() if parameter.grad is None] == []
