@@ -30,11 +30,11 @@ def choice_graph(model: nn.Module, example_inputs: Any) -> nx.DiGraph:
     """The choice graph of `model`.
 
     Nodes are the choices by path, and INPUT and OUTPUT. A choice has the attributes `key`, `kind`
-    ("LayerChoice" or "InputChoice"), `candidates` (a list of dicts with name, params, flops, output),
-    `n_chosen`, `reduction`, `scopes` (keys of the enclosing MutableScopes, outermost first), `shared` (paths
-    of the other choices with its key), `calls` (how often one pass calls it), `inside` (path of the enclosing
-    choice and name of its candidate, or None), `order` (of the first call; None when never called), `params`
-    and `flops`.
+    ("LayerChoice" or "InputChoice"), `candidates` (a list of dicts with name, type, params, flops, output,
+    error), `n_chosen`, `reduction`, `scopes` (keys of the enclosing MutableScopes, outermost first), `shared`
+    (paths of the other choices with its key), `calls` (how often one pass calls it), `inside` (path of the
+    enclosing choice and name of its candidate, or None), `order` (in which the first calls end; None when
+    never called), `params` and `flops`.
 
     An edge says that values computed from the output of one choice, through any number of plain operations,
     reach another without passing a third. Into an InputChoice it has `candidates`, the indices of the inputs
@@ -69,7 +69,7 @@ class GraphWatcher(Profiler):
             by_key[profile.key].append(path)
         for path, profile in profiles.items():
             shared = [other for other in by_key[profile.key] if other != path]
-            attributes = _attributes(profile)
+            attributes = _attributes(profile, self.choices[path])
             graph.add_node(
                 path, **attributes, scopes=scopes[path], shared=shared, order=self._order.get(path)
             )
@@ -90,7 +90,6 @@ class GraphWatcher(Profiler):
     def call_starts(self, choice: Choice, call: int, inputs: Any) -> None:
         super().call_starts(choice, call, inputs)
         path = path_of(choice)
-        self._order.setdefault(path, len(self._order))
         if isinstance(choice, InputChoice):
             for index, value in enumerate(inputs):
                 self._connect(value, path, index)
@@ -106,6 +105,8 @@ class GraphWatcher(Profiler):
                 self._edges.setdefault((source, path), set())
 
     def call_ends(self, choice: Choice, call: int, output: Any) -> Any:
+        self._order.setdefault(path_of(choice), len(self._order))
+
         def stamped(tensor: Tensor) -> Tensor:
             # memory of its own: an identity candidate returns its input, which others still read as such
             copy = tensor.clone()
@@ -202,10 +203,18 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[T
     return found
 
 
-def _attributes(profile: ChoiceProfile) -> dict[str, Any]:
+def _attributes(profile: ChoiceProfile, choice: Choice) -> dict[str, Any]:
+    modules = [None] * len(choice) if isinstance(choice, InputChoice) else list(choice)
     candidates = [
-        {"name": c.name, "params": c.parameters, "flops": c.flops, "output": c.output, "error": c.error}
-        for c in profile.candidates
+        {
+            "name": c.name,
+            "type": None if module is None else type(module).__name__,
+            "params": c.parameters,
+            "flops": c.flops,
+            "output": c.output,
+            "error": c.error,
+        }
+        for c, module in zip(profile.candidates, modules, strict=True)
     ]
     return {
         "key": profile.key,

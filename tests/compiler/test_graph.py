@@ -50,7 +50,7 @@ def test_attributes():
     assert node["key"] == "LayerChoice1"
     assert node["kind"] == "LayerChoice"
     assert node["candidates"][1] == {
-        "name": "1", "params": 20, "flops": 2 * 2 * 16, "output": (2, 4), "error": None
+        "name": "1", "type": "Linear", "params": 20, "flops": 2 * 2 * 16, "output": (2, 4), "error": None
     }  # fmt: skip
     assert (node["calls"], node["n_chosen"], node["scopes"], node["shared"]) == (1, 1, [], [])
     assert [graph.nodes[path]["order"] for path in "abcd"] == [0, 1, 2, 3]
