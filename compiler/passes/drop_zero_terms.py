@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from nascompile.compiler.inplace import base_of, mutated_value
+
 _MAKES_ZEROS = frozenset({torch.zeros_like, torch.zeros})
 _METHODS_MAKING_ZEROS = frozenset({"new_zeros"})
 _KEEPS_ZERO = frozenset(
@@ -51,16 +53,19 @@ def drop_zero_terms(gm: fx.GraphModule) -> int:
     """Replace `a + zeros` by `a` where both have the shape and type of the sum (`node.meta["layout"]`).
 
     Legal because adding zero changes no value, and no gradient flows into zeros made from a shape. Nodes
-    without a known
-    layout are left alone. `x * 0` counts as zeros: for finite x it is.
+    without a known layout are left alone, and so is whatever is changed in place: zeros then are none, and the
+    sum must not be one object with its term. `x * 0` counts as zeros: for finite x it is.
     """
-    zeros = _zeros(gm)
+    changed = _changed(gm)
+    zeros = _zeros(gm, changed)
     dropped = 0
     for node in list(gm.graph.nodes):
         if not _is_binary(node, _ADDITIONS) or node in zeros:
             continue
         for term, other in (node.args, node.args[::-1]):
-            if isinstance(other, fx.Node) and _is_zero(term, zeros) and _same_layout(node, other):
+            if not isinstance(other, fx.Node) or node in changed or base_of(gm, other) in changed:
+                continue
+            if _is_zero(term, zeros) and _same_layout(node, other):
                 node.replace_all_uses_with(other)
                 gm.graph.erase_node(node)
                 dropped += 1
@@ -70,10 +75,14 @@ def drop_zero_terms(gm: fx.GraphModule) -> int:
 
 def makes_zeros(gm: fx.GraphModule) -> bool:
     """Whether there are zeros in the graph at all."""
-    return bool(_zeros(gm))
+    return bool(_zeros(gm, _changed(gm)))
 
 
-def _zeros(gm: fx.GraphModule) -> set[fx.Node]:
+def _changed(gm: fx.GraphModule) -> set[fx.Node]:
+    return {base_of(gm, value) for node in gm.graph.nodes if (value := mutated_value(gm, node)) is not None}
+
+
+def _zeros(gm: fx.GraphModule, changed: set[fx.Node]) -> set[fx.Node]:
     zeros: set[fx.Node] = set()
     for node in gm.graph.nodes:
         made = node.op == "call_function" and node.target in _MAKES_ZEROS
@@ -84,7 +93,7 @@ def _zeros(gm: fx.GraphModule) -> set[fx.Node]:
             node.op == "call_method" and node.target in _METHODS_KEEPING_ZERO
         )
         kept = keeps and bool(node.args) and node.args[0] in zeros
-        if made or by_zero or sum_of_zeros or kept:
+        if (made or by_zero or sum_of_zeros or kept) and base_of(gm, node) not in changed:
             zeros.add(node)
     return zeros
 
