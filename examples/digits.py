@@ -1,6 +1,6 @@
 """Search a small network that reads handwritten digits:
 
-    nascompile examples/digits.py --epochs 10 --retrain 20
+    nascompile examples/digits.py --epochs 12 --retrain 30
 
 The data are the 1,797 digits of 8x8 pixels that come with scikit-learn, so nothing is downloaded. The classes
 are

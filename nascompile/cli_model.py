@@ -31,7 +31,12 @@ def explain(
 
     supernet, example = _load(model)
     explanation = explain_model(supernet, example)
-    print(explanation.to_json() if json else explanation)
+    if json:
+        print(explanation.to_json())
+        return
+    from rich.console import Console
+
+    explanation.render(Console(highlight=False))
 
 
 def draw(

@@ -15,7 +15,6 @@ from rich.progress import (
     SpinnerColumn,
     TaskID,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.table import Table
@@ -79,11 +78,10 @@ class Screen:
         self._progress = Progress(
             SpinnerColumn(finished_text="[green]✓[/green]"),
             TextColumn("[cyan]{task.description:<11}[/cyan]"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=16),
             TextColumn("{task.fields[epochs]}"),
             TextColumn("[dim]{task.fields[figures]}[/dim]"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
             console=self.console,
         )
         self._progress.start()
@@ -133,10 +131,12 @@ class Screen:
 
 
 def _figures(record: Mapping[str, Any]) -> str:
-    shown = [name for name in record if name in ("train_loss",) or name.startswith("valid_")]
-    return "  ".join(
-        f"{name.replace('_', ' ')} {float(record[name]):.3f}" for name in shown if name != "valid_loss"
-    )
+    shown = {"loss": record.get("train_loss")} | {
+        name.removeprefix("valid_"): value
+        for name, value in record.items()
+        if name.startswith("valid_") and name != "valid_loss"
+    }
+    return "  ".join(f"{name} {float(value):.3f}" for name, value in shown.items() if value is not None)
 
 
 def _comparison(summary: Summary) -> Table:
@@ -151,7 +151,12 @@ def _comparison(summary: Summary) -> Table:
         grouped(after.parameters),
         ratio(before.parameters, after.parameters),
     )
-    table.add_row("FLOPs a sample", short(before.flops).strip(), short(after.flops).strip(), ratio(before.flops, after.flops))
+    table.add_row(
+        "FLOPs a sample",
+        short(before.flops).strip(),
+        short(after.flops).strip(),
+        ratio(before.flops, after.flops),
+    )
     for part in ("valid", "test"):
         for name, value, other in _metrics(before, after, part):
             table.add_row(f"{part} {name}", f"{value:.4f}", f"[bold]{other:.4f}[/bold]", "")

@@ -63,9 +63,12 @@ def plot_decisions(
     marked.
 
     `decisions` has one dict an epoch: key to a weight for each candidate. `candidates` are the names,
-    `chosen` the final mask.
+    `chosen` the final mask. Choices that kept all of their candidates all the time are left out, unless all
+    did.
     """
-    keys = [key for key in candidates if decisions and key in decisions[0]]
+    keys = [key for key in candidates if any(set(epoch[key]) != {1.0} for epoch in decisions)] or [
+        *candidates
+    ]
     columns = _columns(keys, candidates)
     tallest = max(sum(len(candidates[key]) * _ROW + _GAP for key in column) for column in columns)
     figure = _figure(5.4 * len(columns) + 0.6, max(2.0, tallest + 0.9))
