@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.progress import (
     BarColumn,
     Progress,
@@ -56,7 +57,14 @@ class Screen:
         """One fact; the topic is shown where it changes."""
         shown = "" if topic == self._previous else topic
         self._previous = topic
-        self._print(f"  [cyan]{escape(shown):<9}[/cyan] {escape(line)}")
+        if self._quiet:
+            return
+        # a grid, so that long lines are continued below their beginning
+        grid = Table.grid(padding=(0, 1))
+        grid.add_column(style="cyan", min_width=9)
+        grid.add_column()
+        grid.add_row(escape(shown), escape(line))
+        self.console.print(Padding(grid, (0, 0, 0, 2), expand=False))
 
     def warn(self, line: str) -> None:
         """A line on stderr, also when quiet."""

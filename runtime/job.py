@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from nascompile.compiler.architecture import resolve
 from nascompile.compiler.draw import draw
@@ -38,6 +39,7 @@ from nascompile.runtime.job_folder import (
     JobFolder,
 )
 from nascompile.runtime.job_settings import Settings, SettingsError
+from nascompile.runtime.loading import size_of
 from nascompile.runtime.methods import find_method, make_trainer
 from nascompile.runtime.model_file import ModelFile
 from nascompile.runtime.plots import plot_decisions, plot_history
@@ -151,13 +153,17 @@ class SearchJob:
     def _look_at_space(self, file: ModelFile, ingredients: Ingredients) -> None:
         if self.method.is_weighted:
             check_weighted(profile_choices(ingredients.model, ingredients.example_inputs))
-        self.observer.space(explain(ingredients.model, ingredients.example_inputs))
-        sizes = [
-            f"{len(ingredients.dataset_train):,} train",
-            f"{len(ingredients.dataset_valid):,} validation",
-        ]
-        if ingredients.dataset_test is not None:
-            sizes.append(f"{len(ingredients.dataset_test):,} test")
+        example = ingredients.example_inputs
+        if not file.defines("example_inputs"):
+            # sizes are told for one sample
+            example = tree_map_only(torch.Tensor, lambda tensor: tensor[:1], example)
+        self.observer.space(explain(ingredients.model, example))
+        parts = {
+            "train": ingredients.dataset_train,
+            "validation": ingredients.dataset_valid,
+            "test": ingredients.dataset_test,
+        }
+        sizes = [f"{size_of(data, name):,} {name}" for name, data in parts.items() if data is not None]
         self.observer.say("data", " · ".join(sizes))
         for note in file.notes:
             self.observer.say("default", note)

@@ -62,7 +62,7 @@ class ModelFile:
         absent.
         """
         found = self._namespace.get(name)
-        return self.call(name, found) if is_factory(found) else found
+        return self.call(name, found) if found is not None and is_factory(found) else found
 
     def call(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
         """Call something the file defines; its errors become a ModelFileError that names file and line."""

@@ -27,6 +27,8 @@ def plot_history(history: Sequence[Mapping[str, Any]], path: Path, *, title: str
 
     `history` has one dict an epoch: "epoch" (from 0), "train_<name>" and "valid_<name>".
     """
+    from matplotlib.ticker import MaxNLocator
+
     names = _measured(history)
     figure = _figure(4.2 * max(1, len(names)), 3.1)
     epochs = [int(record["epoch"]) + 1 for record in history]
@@ -43,7 +45,7 @@ def plot_history(history: Sequence[Mapping[str, Any]], path: Path, *, title: str
                 axes.plot(*zip(*points, strict=True), color=colour, marker=marker, ms=3, lw=1.6, label=part)
         axes.set_title(name, loc="left", color=_INK, fontsize=10)
         axes.set_xlabel("epoch", color=_FAINT, fontsize=9)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(axis="y", color="#d0d7de", lw=0.6)
         axes.legend(frameon=False, fontsize=8, labelcolor=_INK)
         _quiet(axes)
@@ -92,7 +94,7 @@ def plot_decisions(
                 _label_epochs(axes, len(decisions))
     assert image is not None
     bar = figure.colorbar(image, ax=every, fraction=0.03, pad=0.03, aspect=30, shrink=min(1.0, 3 / tallest))
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8, colors=_FAINT, length=0)
     figure.suptitle(f"{title}  (● chosen)", x=0.01, ha="left", color=_INK, fontsize=11)
     figure.savefig(path, dpi=150)

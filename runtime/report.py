@@ -53,7 +53,7 @@ def measure_network(
     )
     example = to_device(ingredients.example_inputs, device)
     size = count(model, example)
-    batch = next(iter(DataLoader(ingredients.dataset_train, batch_size=settings.batch_size)))  # type: ignore[arg-type]
+    batch = next(iter(DataLoader(ingredients.dataset_train, batch_size=settings.batch_size)))
     return Figures(
         parameters=size.parameters,
         flops=size.flops if size.flops_per_sample is None else size.flops_per_sample,
