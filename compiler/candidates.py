@@ -17,7 +17,7 @@ from torch import fx, nn
 from nascompile.compiler.codegen import as_function
 from nascompile.compiler.guards import Guards, fingerprint, has_hooks
 from nascompile.compiler.inplace import base_of, is_in_place, mutated_value
-from nascompile.compiler.mutables import Mutable
+from nascompile.compiler.mutables import LayerChoice, Mutable
 from nascompile.compiler.signature import required_parameters
 from nascompile.compiler.trace import ModelTracer, is_builtin, own_forward
 
@@ -91,6 +91,7 @@ class Candidate:
     body: Callable[[nn.Module, Any], Any] | None
     read: tuple[tuple[str, str], ...]
     looked_into: tuple[str, ...]
+    returns_input: bool
 
     def guard(self, candidate: nn.Module, guards: Guards, place: tuple[dict[str, Any], str]) -> None:
         """Make what was taken for granted a condition of the trace that uses it; `place` is the candidate's
@@ -144,7 +145,33 @@ def read_candidate(module: nn.Module) -> Candidate | str:
     keys = tuple(_key(gm, step) for step in prefix)
     body = _body(graph, tuple(prefix)) if prefix else None
     read, looked_into = tracer.guards.paths(tracer.paths)
-    return Candidate(tuple(prefix), keys, body, read, looked_into)
+    returned = {base_of(gm, node) for node in graph.nodes if any(user.op == "output" for user in node.users)}
+    return Candidate(tuple(prefix), keys, body, read, looked_into, source in returned)
+
+
+def read_once(module: nn.Module, known: dict[Any, Candidate | str]) -> Candidate | str:
+    """As `read_candidate`; candidates of equal structure are read once and kept in `known`."""
+    key = structure(module)
+    if key not in known:
+        known[key] = read_candidate(module)
+    return known[key]
+
+
+def why_order_matters(choice: LayerChoice, known: dict[Any, Candidate | str]) -> str | None:
+    """Why an output must be weighed before the next candidate runs: that may change it, or None.
+
+    It happens where a candidate may hand on its input (as the identity does) and a later one may change it in place.
+    """
+    handed_on: str | None = None
+    for name, module in zip(choice.names, choice, strict=True):
+        if module is None:
+            continue
+        candidate = read_once(module, known)
+        if isinstance(candidate, str) and handed_on is not None:
+            return f"candidate {name!r} {candidate}, and may change its input, which candidate {handed_on!r} may return"
+        if isinstance(candidate, str) or candidate.returns_input:
+            handed_on = name
+    return None
 
 
 def _graph(tracer: ModelTracer, module: nn.Module) -> fx.Graph | str:

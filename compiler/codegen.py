@@ -7,9 +7,20 @@ import linecache
 from collections.abc import Callable
 from typing import Any
 
-from torch import fx
+import torch
+from torch import fx, nn
 
 _numbers = itertools.count(1)
+
+
+def graph_module(root: nn.Module, graph: fx.Graph, **meta: Any) -> fx.GraphModule:
+    """A GraphModule over the very modules, parameters, buffers and plain tensors of `root`."""
+    gm = fx.GraphModule(nn.Module(), fx.Graph())
+    gm.__dict__.update({name: root.__dict__[name] for name in ("_modules", "_parameters", "_buffers")})
+    gm.__dict__.update({name: v for name, v in root.__dict__.items() if isinstance(v, torch.Tensor)})
+    gm.meta.update(meta)
+    gm.graph = graph
+    return gm
 
 
 def as_function(graph: fx.Graph, label: str) -> Callable[..., Any]:

@@ -7,12 +7,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import nn
 
 from nascompile.compiler.errors import TraceError
 from nascompile.compiler.lower import lowered
 from nascompile.compiler.mutables import InputChoice, LayerChoice, Mutable
-from nascompile.compiler.patterns import PATTERNS
+from nascompile.compiler.passes.fuse_weighted_sums import first_pattern
 from nascompile.compiler.space import read_space, unwrap
 from nascompile.compiler.trace import Island
 from nascompile.compiler.unit import Entry, Unit, listens_to_scopes, scope_mutator
@@ -198,6 +199,8 @@ class CompiledModel(nn.Module):
         return self.__dict__["_inner"]
 
     def _run_unit(self, unit: Unit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if _is_to_be_repeated():
+            return type(unit.module).forward(unit.module, *args, **kwargs)
         with self._plain():
             entry = unit.entry(args, kwargs)
         if not self._can_follow(entry):
@@ -208,9 +211,10 @@ class CompiledModel(nn.Module):
     def _replacements(self) -> dict[nn.Module, Any]:
         if "_replaced" not in self.__dict__:
             found: dict[nn.Module, Any] = {}
+            known: dict[Any, Any] = {}
             for path, module in self._eager.named_modules():
                 if isinstance(module, LayerChoice | InputChoice) and "forward" not in module.__dict__:
-                    found[module] = _choice_forward(module, path)
+                    found[module] = _choice_forward(module, path, known)
             for module, unit in self._inner_units().items():
                 found[module] = _unit_forward(self, unit)
             self.__dict__["_replaced"] = found
@@ -259,16 +263,23 @@ def _lies_below(path: str, island: Island) -> bool:
     return not island.path or path.startswith(island.path + ".")
 
 
-def _choice_forward(choice: Any, path: str) -> Any:
+def _choice_forward(choice: Any, path: str, known: dict[Any, Any]) -> Any:
     target: Any = lowered(choice, path)
-    target.pattern = next((pattern for pattern in PATTERNS if pattern.why_not(choice) is None), None)
-    if not isinstance(choice, LayerChoice):
-        return target
+    target.pattern, _ = first_pattern(choice, known)
+    shared = ([None] * len(choice),) if isinstance(choice, LayerChoice) else ()
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return target([None] * len(choice), *args, **kwargs)
+        if _is_to_be_repeated():
+            return type(choice).forward(choice, *args, **kwargs)
+        return target(*shared, *args, **kwargs)
 
     return forward
+
+
+def _is_to_be_repeated() -> bool:
+    """Whether hooks on saved tensors are active, as in checkpointing: it calls the user's code again in backward,
+    where nothing is compiled, and wants the same operations."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def _unit_forward(compiled: CompiledModel, unit: Unit) -> Any:

@@ -85,13 +85,15 @@ class LoweredChoice:
 
     def _combine_as_written(self, outputs: list[Any], selection: Selection) -> Any:
         choice = self.choice
-        all_names = candidate_names(choice)
-        names = [all_names[index] for index in selection.indices]
         weighted = [
             weigh(output, selection.weight(index), choice.key)
             for output, index in zip(outputs, selection.indices, strict=True)
         ]
-        return reduce_outputs(weighted, choice.reduction, choice.key, names)
+        return reduce_outputs(weighted, choice.reduction, choice.key, self._names(selection))
+
+    def _names(self, selection: Selection) -> list[str]:
+        names = candidate_names(self.choice)
+        return [names[index] for index in selection.indices]
 
 
 class LoweredLayerChoice(LoweredChoice):
@@ -108,7 +110,14 @@ class LoweredLayerChoice(LoweredChoice):
             out, mask = mutator.on_forward_layer_choice(choice, *args, **kwargs)
         else:
             selection, mask = mutator.selection(choice.key, len(choice))  # type: ignore[attr-defined]
-            out = self._combine([self._run(k, shared[k], args, kwargs) for k in selection.indices], selection)
+            if self.pattern is None:
+                # as written: each output is weighed before the next candidate runs, which may change it
+                runs = ((k, self._run(k, shared[k], args, kwargs)) for k in selection.indices)
+                weighed = [weigh(output, selection.weight(k), choice.key) for k, output in runs]
+                out = reduce_outputs(weighed, choice.reduction, choice.key, self._names(selection))
+            else:
+                outputs = [self._run(k, shared[k], args, kwargs) for k in selection.indices]
+                out = self._combine(outputs, selection)
         return (out, mask) if choice.return_mask else out
 
     def _run(self, index: int, shared: Shared | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

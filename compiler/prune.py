@@ -17,6 +17,7 @@ import torch
 from torch import fx, nn
 
 from nascompile.compiler.architecture import Mask, resolve, single_choice
+from nascompile.compiler.codegen import graph_module
 from nascompile.compiler.decision import read_mask
 from nascompile.compiler.errors import NascompileError
 from nascompile.compiler.lean import fix_choices, fixed_weights, reduce_fixed
@@ -133,7 +134,7 @@ def _trace(tracer: ModelTracer, masks: Mapping[str, Mask], example_inputs: Any, 
     if not traced:
         tracer.graph = _one_node(tracer, forward, args, example_inputs is None)
         return tracer.graph
-    gm = _scratch(tracer.root, tracer.graph, tracer)
+    gm = graph_module(tracer.root, tracer.graph, guards=tracer.guards, notes=tracer.notes, tracer=tracer)
     drop_identity(gm)
     if example_inputs is not None and makes_zeros(gm):
         _record_layouts(gm, tracer.root, args)
@@ -160,14 +161,6 @@ def _one_node(tracer: ModelTracer, forward: Any, args: tuple[Any, ...], guess: b
     used = names if guess else names[: len(args)]
     graph.output(graph.call_module(WHOLE, tuple(graph.placeholder(name) for name in used)))
     return graph
-
-
-def _scratch(root: nn.Module, graph: fx.Graph, tracer: ModelTracer) -> fx.GraphModule:
-    gm = fx.GraphModule(nn.Module(), fx.Graph())
-    gm.__dict__.update({name: root.__dict__[name] for name in ("_modules", "_parameters", "_buffers")})
-    gm.meta.update(guards=tracer.guards, notes=tracer.notes, tracer=tracer)
-    gm.graph = graph
-    return gm
 
 
 def _assemble(source: nn.Module, graphs: dict[bool, fx.Graph], masks: Mapping[str, Mask]) -> fx.GraphModule:

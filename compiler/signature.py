@@ -105,6 +105,7 @@ def _has_default_before(graph: fx.Graph) -> bool:
 
 def _rebuild(proxy: Any, example: Any) -> Any:
     if isinstance(example, torch.Tensor | float):
+        proxy.node.meta["is_tensor"] = isinstance(example, torch.Tensor)
         return proxy
     fields = getattr(example, "_fields", None) if isinstance(example, tuple) else None
     if fields is not None:

@@ -9,9 +9,11 @@ into an island.
 
 from __future__ import annotations
 
+import builtins
 import inspect
 import operator
 import random
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -189,7 +191,10 @@ class ModelTracer(fx.Tracer):
         interface)."""
         if ambient_modes() != self._ambient:
             raise NotTraceable("changes the gradient, inference or autocast mode in forward")
-        return super().create_node(kind, target, args, kwargs, name, type_expr)
+        node = super().create_node(kind, target, args, kwargs, name, type_expr)
+        if _gives_tensor(self.root, node):
+            node.meta["is_tensor"] = True
+        return node
 
     def create_arg(self, a: Any) -> Any:
         """An argument as the graph holds it; tensors must belong to the model (fx interface)."""
@@ -240,6 +245,9 @@ class ModelTracer(fx.Tracer):
             value = original_getattr(module, name)
             return self.proxy(self.create_arg(value)) if isinstance(value, torch.Tensor) else value
 
+        def enter(hooks: Any) -> None:
+            raise NotTraceable("keeps hooks on saved tensors, as checkpointing does")
+
         def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
             raise NotTraceable(f"uses the autograd function {cls.__name__}")
 
@@ -249,6 +257,8 @@ class ModelTracer(fx.Tracer):
                 (MutableScope, "__call__", call),
                 (nn.Module, "__getattr__", lookup),
                 (torch.autograd.Function, "apply", classmethod(apply)),
+                (torch.autograd.graph.saved_tensors_hooks, "__enter__", enter),
+                *((module, name, _refuses(function)) for module, name, function in _TYPE_QUESTIONS),
                 *((torch, factory.__name__, self._recorded(factory)) for factory in _FACTORIES),
             ):
                 patches.callback(setattr, owner, name, owner.__dict__[name])
@@ -256,6 +266,22 @@ class ModelTracer(fx.Tracer):
             patches.enter_context(watch_attributes(self.guards))
             patches.enter_context(_RecordFactories(self))
             yield
+
+
+def _gives_tensor(root: nn.Module, node: fx.Node) -> bool:
+    """Whether the result is surely a tensor: of arithmetic with a tensor, or of most torch.nn modules."""
+    if (
+        node.op == "call_function"
+        and getattr(operator, getattr(node.target, "__name__", ""), 0) is node.target
+    ):
+        return node.target is not operator.getitem and any(
+            n.meta.get("is_tensor") for n in node.all_input_nodes
+        )
+    if node.op != "call_module":
+        return False
+    module = root.get_submodule(str(node.target))
+    tuples = isinstance(module, nn.RNNBase | nn.RNNCellBase | nn.MultiheadAttention)
+    return is_builtin(module) and not tuples and not getattr(module, "return_indices", False)
 
 
 def is_builtin(module: nn.Module) -> bool:
@@ -294,7 +320,7 @@ def describe(error: Exception, path: str, module: nn.Module) -> Island:
         if not frame.filename.startswith(_FOREIGN):
             file, line = frame.filename, frame.lineno or line
     reason = str(error).strip().split("\n")[0] or type(error).__name__
-    if isinstance(error, FxTraceError):
+    if isinstance(error, FxTraceError) or "'len' is not supported" in reason:
         reason = "needs a value that is known only when it runs: " + _short(reason)
     elif not isinstance(error, NotTraceable):
         reason = f"{type(error).__name__} while tracing: {reason}"
@@ -303,15 +329,36 @@ def describe(error: Exception, path: str, module: nn.Module) -> Island:
 
 def _short(reason: str) -> str:
     for known, words in (
-        ("control flow", "a branch on a tensor"),
         ("iterated", "a loop over a tensor"),
         ("'len'", "the length of a tensor"),
+        ("control flow", "a branch on a tensor"),
     ):
         if known in reason:
             return words
     return reason
 
 
+_TYPE_QUESTIONS = (
+    (builtins, "isinstance", isinstance),
+    (builtins, "hasattr", hasattr),
+    (torch, "is_tensor", torch.is_tensor),
+)
+
+
+def _refuses(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function(value, ...)` for the user's own code, which must not take a stand-in for what it stands for."""
+
+    def ask(value: Any, *rest: Any) -> Any:
+        if type(value) is not TensorProxy or sys._getframe(1).f_code.co_filename.startswith(_FOREIGN):
+            return function(value, *rest)
+        if not value.node.meta.get("is_tensor", False):
+            raise NotTraceable(f"asks for the type of a value ({function.__name__})")
+        return function(_SOME_TENSOR, *rest)
+
+    return ask
+
+
+_SOME_TENSOR = torch.empty(0)
 _FOREIGN = (
     str(Path(torch.__file__).parent),
     str(Path(__file__).parent),

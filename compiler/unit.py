@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx, nn
 
 from nascompile.compiler import pipeline
-from nascompile.compiler.codegen import as_function
+from nascompile.compiler.codegen import as_function, graph_module
 from nascompile.compiler.guards import Guards
 from nascompile.compiler.lower import LoweredChoice
 from nascompile.compiler.mutables import InputChoice, LayerChoice, MutableScope
@@ -86,12 +86,7 @@ class Unit:
 
     def _compile(self, entry: Entry, tracer: ModelTracer) -> None:
         graph = tracer.graph
-        gm = fx.GraphModule(nn.Module(), fx.Graph())
-        gm.__dict__.update(
-            {name: self.model.__dict__[name] for name in ("_modules", "_parameters", "_buffers")}
-        )
-        gm.meta.update(guards=tracer.guards, notes=entry.notes, tracer=tracer)
-        gm.graph = graph
+        gm = graph_module(self.model, graph, guards=tracer.guards, notes=entry.notes, tracer=tracer)
         islands = dict(tracer.islands)
         entry.rewrites = pipeline.run(gm, skip=self.skip)
         # looking into candidates leaves islands of its own behind; only those of the graph count

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import fx
 
+from nascompile.compiler.candidates import Candidate, why_order_matters
 from nascompile.compiler.lower import LoweredChoice
-from nascompile.compiler.patterns import PATTERNS
+from nascompile.compiler.mutables import LayerChoice
+from nascompile.compiler.patterns import PATTERNS, Pattern
+from nascompile.compiler.space import Choice
 
 
 def fuse_weighted_sums(gm: fx.GraphModule) -> int:
@@ -13,21 +18,30 @@ def fuse_weighted_sums(gm: fx.GraphModule) -> int:
 
     Legal because each pattern computes the same sum, rounded once instead of after every operation; outputs
     that do not
-    suit the kernel are combined as written at run time.
+    suit the kernel are combined as written at run time. Not done where a candidate may change what an earlier one
+    returned: the program weighs each output before the next candidate runs.
     """
+    known: dict[Any, Candidate | str] = gm.meta.setdefault("candidates", {})
     fused = 0
     for node in gm.graph.nodes:
         target = node.target
         if not isinstance(target, LoweredChoice) or target.pattern is not None:
             continue
-        reasons = []
-        for pattern in PATTERNS:
-            reason = pattern.why_not(target.choice)
-            if reason is None:
-                target.pattern = pattern
-                fused += 1
-                break
-            reasons.append(f"{pattern.name}: {reason}")
-        else:
-            gm.meta["notes"].setdefault(target.path, "; ".join(reasons))
+        target.pattern, reason = first_pattern(target.choice, known)
+        fused += target.pattern is not None
+        if reason is not None:
+            gm.meta["notes"].setdefault(target.path, reason)
     return fused
+
+
+def first_pattern(choice: Choice, known: dict[Any, Candidate | str]) -> tuple[Pattern | None, str | None]:
+    """The first pattern that matches, or in words why none does; `known` keeps candidates that have been read."""
+    reasons = []
+    for pattern in PATTERNS:
+        reason = pattern.why_not(choice)
+        if reason is None and isinstance(choice, LayerChoice):
+            reason = why_order_matters(choice, known)
+        if reason is None:
+            return pattern, None
+        reasons.append(f"{pattern.name}: {reason}")
+    return None, "; ".join(reasons)

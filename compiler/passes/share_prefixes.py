@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from nascompile.compiler.candidates import Candidate, read_candidate, structure
+from nascompile.compiler.candidates import Candidate, read_once
 from nascompile.compiler.inplace import base_of, mutated_value
 from nascompile.compiler.lower import LoweredLayerChoice, Shared, SharedCall
 
@@ -65,10 +65,7 @@ def _consumers(gm: fx.GraphModule, nodes: list[fx.Node]) -> tuple[list[_Consumer
             if module is None:
                 continue
             path = f"{node.target.path}.{name}" if node.target.path else name  # type: ignore[union-attr]
-            key = structure(module)
-            if key not in known:
-                known[key] = read_candidate(module)
-            candidate = known[key]
+            candidate = read_once(module, known)
             if isinstance(candidate, str):
                 return [], f"candidate {path!r} {candidate}"
             found.append(_Consumer(node, index, path, module, candidate))
