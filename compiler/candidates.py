@@ -160,7 +160,8 @@ def read_once(module: nn.Module, known: dict[Any, Candidate | str]) -> Candidate
 def why_order_matters(choice: LayerChoice, known: dict[Any, Candidate | str]) -> str | None:
     """Why an output must be weighed before the next candidate runs: that may change it, or None.
 
-    It happens where a candidate may hand on its input (as the identity does) and a later one may change it in place.
+    It happens where a candidate may hand on its input (as the identity does) and a later one may change it in
+    place.
     """
     handed_on: str | None = None
     for name, module in zip(choice.names, choice, strict=True):
@@ -168,7 +169,8 @@ def why_order_matters(choice: LayerChoice, known: dict[Any, Candidate | str]) ->
             continue
         candidate = read_once(module, known)
         if isinstance(candidate, str) and handed_on is not None:
-            return f"candidate {name!r} {candidate}, and may change its input, which candidate {handed_on!r} may return"
+            changes = f"candidate {name!r} {candidate}, and may change its input"
+            return f"{changes}, which candidate {handed_on!r} may return"
         if isinstance(candidate, str) or candidate.returns_input:
             handed_on = name
     return None

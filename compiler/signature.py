@@ -92,7 +92,7 @@ def _placeholder(tracer: fx.Tracer, parameter: inspect.Parameter) -> fx.Proxy:
         # a default that fx cannot write down is only ever used as the trace's constant
         default = (parameter.default if isinstance(parameter.default, (*_CONSTANTS, float)) else None,)
     elif parameter.kind is parameter.KEYWORD_ONLY and _has_default_before(tracer.graph):
-        # the graph knows no keyword-only arguments: Python wants a default after a default; every call gives a value
+        # the graph knows no keyword-only arguments: Python wants a default after a default
         default = (None,)
     return tracer.create_proxy("placeholder", prefix + parameter.name, default, {})
 

@@ -17,9 +17,8 @@ def fuse_weighted_sums(gm: fx.GraphModule) -> int:
     """Set the first pattern that matches on every lowered choice; note in words why none does.
 
     Legal because each pattern computes the same sum, rounded once instead of after every operation; outputs
-    that do not
-    suit the kernel are combined as written at run time. Not done where a candidate may change what an earlier one
-    returned: the program weighs each output before the next candidate runs.
+    that do not suit the kernel are combined as written at run time. Not done where a candidate may change
+    what an earlier one returned: the program weighs each output before the next candidate runs.
     """
     known: dict[Any, Candidate | str] = gm.meta.setdefault("candidates", {})
     fused = 0
@@ -35,7 +34,7 @@ def fuse_weighted_sums(gm: fx.GraphModule) -> int:
 
 
 def first_pattern(choice: Choice, known: dict[Any, Candidate | str]) -> tuple[Pattern | None, str | None]:
-    """The first pattern that matches, or in words why none does; `known` keeps candidates that have been read."""
+    """The first pattern that matches, or in words why none does; `known` keeps candidates already read."""
     reasons = []
     for pattern in PATTERNS:
         reason = pattern.why_not(choice)
