@@ -53,9 +53,8 @@ def drop_zero_terms(gm: fx.GraphModule) -> int:
     """Replace `a + zeros` by `a` where both have the shape and type of the sum (`node.meta["layout"]`).
 
     Legal because adding zero changes no value, and no gradient flows into zeros made from a shape. Nodes
-    without a known layout are left alone, and so is whatever is changed in place: zeros then are none, and
-    the
-    sum must not be one object with its term. `x * 0` counts as zeros: for finite x it is.
+    without a known layout are left alone, and so is whatever is changed in place: zeros then are none,
+    and the sum must not be one object with its term. `x * 0` counts as zeros: for finite x it is.
     """
     changed = _changed(gm)
     zeros = _zeros(gm, changed)
