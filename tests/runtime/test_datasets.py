@@ -32,7 +32,7 @@ def write_cifar(path: Path, labels: list[int], seed: int = 0) -> np.ndarray:
 def write_idx(path: Path, array: np.ndarray, code: int = 0x08) -> None:
     header = bytes([0, 0, code, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
     data = header + array.astype(array.dtype.newbyteorder(">")).tobytes()
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
 
 
 def write_mnist(folder: Path, count: int = 5, suffix: str = "") -> tuple[np.ndarray, np.ndarray]:
@@ -131,7 +131,7 @@ def test_idx_types_and_byte_order(tmp_path: Path, code: int, dtype: str) -> None
         (bytes([0, 0, 8, 2, 0, 0, 0, 1]), "8 bytes, expected a header of 12 for 2 dimensions"),
         (bytes([0, 0, 8, 1, 0, 0, 0, 4, 1, 2, 3]), r"11 bytes, expected 12 for an array of shape \(4,\)"),
         (bytes([0, 0, 8, 1, 0, 0, 0, 1, 1, 2]), r"10 bytes, expected 9 for an array of shape \(1,\)"),
-        (gzip.compress(b"\0\0\x08\x01\0\0\0\x01\x05")[:-9], "broken gzip file"),
+        (gzip.compress(b"\0\0\x08\x01\0\0\0\x01\x05", mtime=0)[:-9], "broken gzip file"),
         (b"\x1f\x8bnonsense", "broken gzip file"),
     ],
 )
