@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from nascompile.compiler.errors import TraceError
-from nascompile.compiler.lower import lowered
+from nascompile.compiler.lower import gives_nothing, lowered
 from nascompile.compiler.mutables import InputChoice, LayerChoice, Mutable
 from nascompile.compiler.passes.fuse_weighted_sums import first_pattern
 from nascompile.compiler.space import read_space, unwrap
-from nascompile.compiler.trace import Island
+from nascompile.compiler.trace import Island, where_defined
 from nascompile.compiler.unit import Entry, Unit, listens_to_scopes, scope_mutator
 from nascompile.compiler.verify import difference
 
@@ -106,7 +106,10 @@ class CompiledModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the user's forward computes."""
-        return self._follow(self._entry(args, kwargs), args, kwargs)
+        entry = self._entry(args, kwargs)
+        if not entry.is_checked:
+            self._check(entry, args, kwargs)
+        return self._follow(entry, args, kwargs)
 
     def _follow(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self._can_follow(entry):
@@ -119,17 +122,28 @@ class CompiledModel(nn.Module):
     def trace(self, *args: Any, **kwargs: Any) -> None:
         """Trace for a call like this, check the result against the eager model, and look into islands."""
         entry = self._entry(args, kwargs)
-        if entry.function is not None:
-            problem = difference(self._eager, lambda *a, **k: self._follow(entry, a, k), args, kwargs)
-            if problem is not None:
-                entry.function, entry.graph_module, entry.lowered = None, None, ()
-                entry.islands[""] = Island("", "", 0, problem)
+        self._check(entry, args, kwargs)
         if entry.islands:
             for unit in self._inner_units().values():
                 if not unit.entries and any(
                     _lies_below(unit.path, island) for island in entry.islands.values()
                 ):
                     unit.guess()
+
+    def _check(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Run a fresh trace beside the eager model; where they differ, the model runs as written."""
+        entry.is_checked = True
+        if not entry.function and not self._inner_units():
+            return
+        problem = difference(self._eager, lambda *a, **k: self._follow(entry, a, k), args, kwargs)
+        if problem is None:
+            return
+        entry.islands[""] = Island("", *where_defined(self._eager), problem)
+        if entry.function is None:
+            # what an island calls is at fault
+            self.__dict__["_inner"] = {}
+            self.__dict__.pop("_replaced", None)
+        entry.function, entry.graph_module, entry.lowered = None, None, ()
 
     def check_requirement(self, require: str | None) -> None:
         """Raise TraceError unless the model is "traced" or "fused" as asked."""
@@ -178,7 +192,7 @@ class CompiledModel(nn.Module):
         """
         if entry.function is None or (entry.has_scopes and listens_to_scopes(scope_mutator(self._eager))):
             return False
-        return not any(choice.gives_nothing() for choice in entry.lowered)
+        return not any(gives_nothing(choice) for choice in entry.choices)
 
     def _calls_back(self, entry: Entry) -> bool:
         """Whether code outside the graph calls choices: islands, and candidates with choices of their own."""
@@ -277,8 +291,10 @@ def _choice_forward(choice: Any, path: str, known: dict[Any, Any]) -> Any:
 
 
 def _is_to_be_repeated() -> bool:
-    """Whether hooks on saved tensors are active, as in checkpointing: it calls the user's code again in backward,
-    where nothing is compiled, and wants the same operations."""
+    """Whether hooks on saved tensors are active, as in checkpointing.
+
+    It calls the user's code again in backward, where nothing is compiled, and wants the same operations.
+    """
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from nascompile.compiler.snapshot import is_changeable, is_unchanged, put_back, snapshot
+
 _INTERNAL = frozenset(nn.Module().__dict__) - {"training"}
 _SCALARS = (bool, int, float, complex, str, bytes, type(None))
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -18,15 +20,21 @@ class NotTraceable(Exception):
     """Raised inside a trace; the module whose forward is being traced becomes an island."""
 
 
-def fingerprint(value: Any) -> Any:
-    """Equal for values that a trace cannot tell apart: scalars by value, containers by content, objects by
-    identity."""
+def fingerprint(value: Any, depth: int = 3) -> Any:
+    """Equal for values that a trace cannot tell apart: scalars by value, containers by content, else identity.
+
+    An object of a user's class (a configuration) counts as changed when one of its plain attributes is.
+    """
     if isinstance(value, _SCALARS):
         return (type(value), value)
     if isinstance(value, list | tuple):
-        return (type(value), tuple(fingerprint(item) for item in value))
+        return (type(value), tuple(fingerprint(item, depth) for item in value))
     if isinstance(value, dict):
-        return (type(value), tuple((key, fingerprint(item)) for key, item in value.items()))
+        return (type(value), tuple((key, fingerprint(item, depth)) for key, item in value.items()))
+    if isinstance(value, set | frozenset):
+        return (type(value), frozenset(fingerprint(item, depth) for item in value))
+    if depth and is_changeable(value):
+        return (id(value), fingerprint(vars(value), depth - 1))
     return id(value)
 
 
@@ -45,8 +53,8 @@ class Guards:
             return
         expected = fingerprint(value)
         self._attributes[id(module), name] = (module, name, expected, value)
-        if isinstance(value, list | dict | set):
-            self._containers[id(value)] = (f"{type(module).__name__}.{name}", value, _content(value))
+        if is_changeable(value):
+            self._containers[id(value)] = (f"{type(module).__name__}.{name}", value, snapshot(value))
 
     def traced(self, module: nn.Module, place: tuple[dict[str, Any], str] | None = None) -> None:
         """Record that the trace looked into `module`: it must not gain hooks, nor leave its place in its
@@ -59,8 +67,8 @@ class Guards:
         """Raise NotTraceable when the program changed a list or dict of the model; its content is put back
         first."""
         for name, container, content in self._containers.values():
-            if _content(container) != content:
-                _put_back(container, content)
+            if not is_unchanged(container, content):
+                put_back(container, content)
                 raise NotTraceable(f"changes {name} in forward")
 
     def paths(self, names: dict[nn.Module, str]) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
@@ -80,7 +88,7 @@ class Guards:
                 del self._attributes[key]
         for key in list(self._containers)[containers:]:
             _, container, content = self._containers.pop(key)
-            _put_back(container, content)
+            put_back(container, content)
         for key in list(self._modules)[modules:]:
             del self._modules[key]
         del self._places[places:]
@@ -114,22 +122,6 @@ def has_hooks(module: nn.Module) -> bool:
     """Whether calling `module` runs hooks besides its forward."""
     values = module.__dict__
     return any(values[name] for name in HOOKS)
-
-
-def _content(container: Any) -> tuple[Any, ...]:
-    if isinstance(container, dict):
-        return tuple((key, id(value)) for key, value in container.items())
-    return tuple(id(value) for value in container) if isinstance(container, list) else (len(container),)
-
-
-def _put_back(container: Any, content: tuple[Any, ...]) -> None:
-    # only additions are undone: they would keep tracing objects alive in the user's model
-    if isinstance(container, list):
-        del container[len(content) :]
-    elif isinstance(container, dict):
-        known = {key for key, _ in content}
-        for key in [key for key in container if key not in known]:
-            del container[key]
 
 
 @contextmanager

@@ -29,8 +29,10 @@ class Combination(nn.Module):
         self.mask = mask
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        outputs = [layer(*args, **kwargs) for layer in self._modules.values() if layer is not None]
-        out = reduce_fixed(outputs, self.weights, self.reduction)
+        layers = [layer for layer in self._modules.values() if layer is not None]
+        # each is weighed before the next one runs, which may change it in place
+        outputs = [weighed(layer(*args, **kwargs), w) for layer, w in zip(layers, self.weights, strict=True)]
+        out = reduce_fixed(outputs, self.reduction)
         return out if self.mask is None else (out, self.mask)
 
 
@@ -56,19 +58,21 @@ class FixedInputs(nn.Module):
     def forward(self, optional_inputs: Any) -> Any:
         by_name = isinstance(optional_inputs, dict)
         chosen = [optional_inputs[self.sources[index] if by_name else index] for index in self.indices]
-        out = reduce_fixed(chosen, self.weights, self.reduction)
+        outputs = [weighed(one, weight) for one, weight in zip(chosen, self.weights, strict=True)]
+        out = reduce_fixed(outputs, self.reduction)
         return out if self.mask is None else (out, self.mask)
 
 
-def reduce_fixed(outputs: Sequence[Any], weights: Sequence[Weight], reduction: str) -> Any:
-    """The reduction of a fixed decision; works on tensors and while tracing."""
-    weighted = [
-        output if weight is None or output is None else output * weight
-        for output, weight in zip(outputs, weights, strict=True)
-    ]
+def weighed(output: Any, weight: Weight) -> Any:
+    """`output * weight`, or the output itself where there is no weight."""
+    return output if weight is None or output is None else output * weight
+
+
+def reduce_fixed(outputs: Sequence[Any], reduction: str) -> Any:
+    """The reduction of a fixed decision's weighed outputs; works on tensors and while tracing."""
     if reduction == "none":
-        return weighted
-    present = [output for output in weighted if output is not None]
+        return list(outputs)
+    present = [output for output in outputs if output is not None]
     if len(present) < 2:
         return present[0] if present else None
     return combine(present, reduction)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx
 
 from nascompile.compiler.decision import Selection, reduce_outputs, weigh
+from nascompile.compiler.guards import has_hooks
 from nascompile.compiler.mutables import InputChoice, LayerChoice
 from nascompile.compiler.mutator import BaseMutator, Mutator
 from nascompile.compiler.patterns import Pattern
@@ -65,13 +66,6 @@ class LoweredChoice:
         kind = "layer_choice" if isinstance(choice, LayerChoice) else "input_choice"
         self.__name__ = self.__qualname__ = f"{kind}_{path.replace('.', '_') or 'root'}"
         self.__module__ = "nascompile"
-
-    def gives_nothing(self) -> bool:
-        """Whether the current decision chooses no candidate at all, so that the output is None."""
-        mutator = self.choice.require_mutator()
-        if not isinstance(mutator, Mutator) or self.choice.reduction == "none":
-            return False
-        return not mutator.selection(self.choice.key, len(self.choice))[0].indices
 
     def _combine(self, outputs: list[Any], selection: Selection) -> Any:
         choice, pattern = self.choice, self.pattern
@@ -143,6 +137,21 @@ class LoweredInputChoice(LoweredChoice):
             selection, mask = mutator.selection(choice.key, len(inputs))  # type: ignore[attr-defined]
             out = self._combine([inputs[k] for k in selection.indices], selection)
         return (out, mask) if choice.return_mask else out
+
+
+def gives_nothing(choice: Choice) -> bool:
+    """Whether the current decision chooses no candidate at all, so that the output is None."""
+    mutator = choice.require_mutator()
+    if not isinstance(mutator, Mutator) or choice.reduction == "none":
+        return False
+    return not mutator.selection(choice.key, len(choice))[0].indices
+
+
+def why_not_lowered(choice: Choice) -> str | None:
+    """Why a choice stays a module in the graph, or None."""
+    if has_hooks(choice) or "forward" in choice.__dict__:
+        return "has hooks or a replaced forward: called as a module"
+    return None
 
 
 def lowered(choice: Choice, path: str) -> LoweredLayerChoice | LoweredInputChoice:

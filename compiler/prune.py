@@ -20,7 +20,7 @@ from nascompile.compiler.architecture import Mask, resolve, single_choice
 from nascompile.compiler.codegen import graph_module
 from nascompile.compiler.decision import read_mask
 from nascompile.compiler.errors import NascompileError
-from nascompile.compiler.lean import fix_choices, fixed_weights, reduce_fixed
+from nascompile.compiler.lean import fix_choices, fixed_weights, reduce_fixed, weighed
 from nascompile.compiler.lean_module import LeanModule, same_graph
 from nascompile.compiler.mutables import InputChoice, LayerChoice, Mutable, forced_mutator
 from nascompile.compiler.mutator import Mutator, readable
@@ -113,14 +113,16 @@ class _Decided(Mutator):
     def on_forward_layer_choice(self, mutable: LayerChoice, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         mask = self.masks[mutable.key]
         selection = read_mask(mask, len(mutable), mutable.key)
-        outputs = [mutable[index](*args, **kwargs) for index in selection.indices]
-        return reduce_fixed(outputs, fixed_weights(selection), mutable.reduction), mask
+        weights = zip(selection.indices, fixed_weights(selection), strict=True)
+        outputs = [weighed(mutable[index](*args, **kwargs), weight) for index, weight in weights]
+        return reduce_fixed(outputs, mutable.reduction), mask
 
     def on_forward_input_choice(self, mutable: InputChoice, tensor_list: list[Any]) -> tuple[Any, Any]:
         mask = self.masks[mutable.key]
         selection = read_mask(mask, len(mutable), mutable.key)
-        chosen = [tensor_list[index] for index in selection.indices]
-        return reduce_fixed(chosen, fixed_weights(selection), mutable.reduction), mask
+        weights = zip(selection.indices, fixed_weights(selection), strict=True)
+        outputs = [weighed(tensor_list[index], weight) for index, weight in weights]
+        return reduce_fixed(outputs, mutable.reduction), mask
 
 
 def _trace(tracer: ModelTracer, masks: Mapping[str, Mask], example_inputs: Any, training: bool) -> fx.Graph:

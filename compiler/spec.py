@@ -7,7 +7,13 @@ from collections.abc import Callable
 from torch import fx
 
 from nascompile.compiler.inplace import mutated_value
-from nascompile.compiler.lower import LoweredChoice, LoweredInputChoice, LoweredLayerChoice, is_shared
+from nascompile.compiler.lower import (
+    LoweredChoice,
+    LoweredInputChoice,
+    LoweredLayerChoice,
+    is_shared,
+    why_not_lowered,
+)
 from nascompile.compiler.mutables import InputChoice, LayerChoice
 
 Rule = Callable[[fx.GraphModule, fx.Node], str | None]
@@ -28,7 +34,10 @@ def _ends_in_output(gm: fx.GraphModule, node: fx.Node) -> str | None:
 
 
 def _choices_are_lowered(gm: fx.GraphModule, node: fx.Node) -> str | None:
-    if node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), LayerChoice | InputChoice):
+    if node.op != "call_module":
+        return None
+    module = gm.get_submodule(str(node.target))
+    if isinstance(module, LayerChoice | InputChoice) and why_not_lowered(module) is None:
         return f"choice {node.target!r} has not been lowered"
     return None
 

@@ -130,7 +130,7 @@ class ModelTracer(fx.Tracer):
         self.graph = fx.Graph()
         reason = why_whole(module)
         if reason is not None:
-            self.islands[path] = Island(path, *_where_defined(module), reason)
+            self.islands[path] = Island(path, *where_defined(module), reason)
             return False
         with self._tracing():
             try:
@@ -160,7 +160,7 @@ class ModelTracer(fx.Tracer):
         if reason is None:
             return False
         if holds_choices:
-            self.islands[path] = Island(path, *_where_defined(m), reason)
+            self.islands[path] = Island(path, *where_defined(m), reason)
         elif not builtin:
             self.notes[path] = reason
         return True
@@ -315,7 +315,7 @@ def why_whole(module: nn.Module) -> str | None:
 
 def describe(error: Exception, path: str, module: nn.Module) -> Island:
     """The island for a module whose trace failed, with the user's own line."""
-    file, line = _where_defined(module)
+    file, line = where_defined(module)
     for frame in traceback.extract_tb(error.__traceback__):
         if not frame.filename.startswith(_FOREIGN):
             file, line = frame.filename, frame.lineno or line
@@ -346,7 +346,7 @@ _TYPE_QUESTIONS = (
 
 
 def _refuses(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function(value, ...)` for the user's own code, which must not take a stand-in for what it stands for."""
+    """`function(value, ...)` for the user's code, which must not take a stand-in for a value of its own."""
 
     def ask(value: Any, *rest: Any) -> Any:
         if type(value) is not TensorProxy or sys._getframe(1).f_code.co_filename.startswith(_FOREIGN):
@@ -366,7 +366,8 @@ _FOREIGN = (
 )
 
 
-def _where_defined(module: nn.Module) -> tuple[str, int]:
+def where_defined(module: nn.Module) -> tuple[str, int]:
+    """File and line of the forward of the module's class."""
     code = type(module).forward.__code__ if inspect.isfunction(type(module).forward) else None
     return (code.co_filename, code.co_firstlineno) if code is not None else ("?", 0)
 
@@ -382,7 +383,7 @@ def _tensor_paths(model: nn.Module) -> dict[int, str]:
 
 
 def ambient_modes() -> tuple[Any, ...]:
-    """The modes of torch that a forward may ask for and change; a trace holds only for those it was made in."""
+    """The modes of torch that a forward may ask for; a trace holds only for those it was made in."""
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),

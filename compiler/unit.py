@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx, nn
+from torch.nn.parameter import is_lazy
 
 from nascompile.compiler import pipeline
 from nascompile.compiler.codegen import as_function, graph_module
@@ -15,8 +16,10 @@ from nascompile.compiler.lower import LoweredChoice
 from nascompile.compiler.mutables import InputChoice, LayerChoice, MutableScope
 from nascompile.compiler.mutator import BaseMutator
 from nascompile.compiler.signature import call_shape, guessed_shape, inputs_like
-from nascompile.compiler.trace import Island, ModelTracer, ambient_modes, own_forward
+from nascompile.compiler.space import Choice
+from nascompile.compiler.trace import Island, ModelTracer, ambient_modes, own_forward, where_defined
 
+USES_PER_TRACE = 8  # below it, tracing again and again is not worth it
 ENTRY_LIMIT = 16  # traces kept for one module; past it the module runs as written
 
 
@@ -30,11 +33,14 @@ class Entry:
     function: Callable[..., Any] | None = None
     graph_module: fx.GraphModule | None = None
     lowered: tuple[LoweredChoice, ...] = ()
+    choices: tuple[Choice, ...] = ()
     islands: dict[str, Island] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
     rewrites: dict[str, int] = field(default_factory=dict)
     has_scopes: bool = False
     calls_back: bool | None = None
+    is_checked: bool = False
+    last_call: int = 0
 
     def suits(self, shape: Any) -> bool:
         """Whether this trace serves a call of that shape now."""
@@ -50,21 +56,55 @@ class Unit:
         self.skip = tuple(skip)
         self.module = model.get_submodule(path)
         self.entries: list[Entry] = []
+        self.gave_up: Entry | None = None
+        self.calls = self.traces = 0
+        self._may_be_lazy = True
 
     def entry(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entry:
         """The trace for a call; made when there is none yet."""
+        if self.gave_up is not None:
+            return self.gave_up
+        if self._may_be_lazy and self._is_lazy():
+            return self.entries[0]
+        self.calls += 1
         shape = call_shape(args, kwargs), ambient_modes()
         for entry in self.entries:
             if entry.suits(shape):
+                entry.last_call = self.calls
                 return entry
-        if len(self.entries) >= ENTRY_LIMIT:
-            reason = f"is called in more than {ENTRY_LIMIT} ways (other inputs, modes or attributes)"
-            island = Island(self.path, "", 0, reason)
-            return Entry(shape, Guards(), islands={self.path: island})
+        if len(self.entries) >= ENTRY_LIMIT and not self._make_room():
+            return self._give_up(shape)
         forward = own_forward(self.module)
         return self._trace(
             shape, lambda t: t.trace_module(self.path, lambda u: inputs_like(u, forward, args, kwargs))
         )
+
+    def _is_lazy(self) -> bool:
+        """Whether parameters are missing that the first run creates; `entries` then says so."""
+        self._may_be_lazy = any(
+            is_lazy(tensor) for tensor in (*self.model.parameters(), *self.model.buffers())
+        )
+        self.entries = []
+        if self._may_be_lazy:
+            reason = "has lazy modules: it is traced once it has run"
+            island = Island(self.path, *where_defined(self.module), reason)
+            self.entries = [Entry(None, Guards(), islands={self.path: island}, is_checked=True)]
+        return self._may_be_lazy
+
+    def _make_room(self) -> bool:
+        """Drop the trace not used for longest, unless traces are made nearly as often as they are used."""
+        if self.calls < USES_PER_TRACE * self.traces:
+            return False
+        self.entries.remove(min(self.entries, key=lambda entry: entry.last_call))
+        return True
+
+    def _give_up(self, shape: Any) -> Entry:
+        file, line = where_defined(self.module)
+        reason = f"is called in more than {ENTRY_LIMIT} ways (other inputs, modes or attributes)"
+        entry = Entry(shape, Guards(), islands={self.path: Island(self.path, file, line, reason)})
+        # as written from now on, whatever the call
+        self.entries, self.gave_up = [entry], entry
+        return entry
 
     def guess(self) -> Entry:
         """A trace made without an example call."""
@@ -73,7 +113,8 @@ class Unit:
 
     def _trace(self, shape: Any, trace: Callable[[ModelTracer], bool]) -> Entry:
         tracer = ModelTracer(self.model)
-        entry = Entry(shape, tracer.guards)
+        self.traces += 1
+        entry = Entry(shape, tracer.guards, last_call=self.calls)
         if isinstance(self.module, LayerChoice | InputChoice):
             entry.notes[self.path] = "the model itself is a choice: there is no graph around it"
         elif trace(tracer):
@@ -95,6 +136,14 @@ class Unit:
         entry.graph_module = gm
         targets = [node.target for node in gm.graph.nodes]
         entry.lowered = tuple(target for target in targets if isinstance(target, LoweredChoice))
+        modules = {
+            node.target: gm.get_submodule(str(node.target))
+            for node in gm.graph.nodes
+            if node.op == "call_module"
+        }
+        entry.choices = tuple(target.choice for target in entry.lowered) + tuple(
+            module for module in modules.values() if isinstance(module, LayerChoice | InputChoice)
+        )
 
 
 def listens_to_scopes(mutator: BaseMutator | None) -> bool:

@@ -3,7 +3,6 @@ program."""
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,10 +16,10 @@ from torch.utils._pytree import tree_flatten
 from nascompile.compiler.decision import Selection, read_mask
 from nascompile.compiler.mutables import forced_mutator
 from nascompile.compiler.mutator import Mutator
+from nascompile.compiler.snapshot import is_changeable, put_back, snapshot
 
 # loose on purpose: kernels may round differently, a wrong trace differs in kind
 _TOLERANCE = 2e-2
-_CONTAINERS = (list, dict, set)
 
 
 class EverythingChosen(Mutator):
@@ -46,6 +45,8 @@ def difference(
     compared
     with the first candidate of every choice, and not at all if that fails as well.
     """
+    if not _has_values(args, kwargs):
+        return None
     for weighted in (True, False):
         with forced_mutator(EverythingChosen(weighted)), torch.no_grad():
             try:
@@ -63,6 +64,12 @@ def difference(
     return None
 
 
+def _has_values(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    leaves = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+    real = all(type(leaf) in (Tensor, nn.Parameter) and not leaf.is_meta for leaf in leaves)
+    return real and not torch.jit.is_tracing() and not torch.compiler.is_compiling()
+
+
 @contextmanager
 def state_kept(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
     """Put the model's buffers and attributes, the arguments and all random states back afterwards."""
@@ -70,13 +77,13 @@ def state_kept(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     kept = [(tensor, tensor.detach().clone()) for tensor in [*model.buffers(), *tensors]]
     devices = sorted({t.device.index or 0 for t, _ in kept if t.device.type == "cuda"})
     numpy_state, python_state = numpy.random.get_state(), random.getstate()
-    attributes = [(module.__dict__, _snapshot(module.__dict__)) for module in model.modules()]
+    attributes = _attributes(model)
     try:
         with torch.random.fork_rng(devices=devices):
             yield
     finally:
-        for values, snapshot in attributes:
-            _put_back(values, snapshot)
+        for values, before in attributes:
+            put_back(values, before)
         with torch.no_grad():
             for tensor, before in kept:
                 tensor.copy_(before)
@@ -84,21 +91,13 @@ def state_kept(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         random.setstate(python_state)
 
 
-def _snapshot(values: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    return {name: (value, copy.copy(value) if isinstance(value, _CONTAINERS) else None)
-            for name, value in values.items()}  # fmt: skip
-
-
-def _put_back(values: dict[str, Any], snapshot: dict[str, tuple[Any, Any]]) -> None:
-    for name, (value, content) in snapshot.items():
-        if isinstance(value, list):
-            value[:] = content
-        elif isinstance(value, _CONTAINERS):
-            value.clear()
-            value.update(content)
-        values[name] = value
-    for name in values.keys() - snapshot.keys():
-        del values[name]
+def _attributes(model: nn.Module) -> list[tuple[Any, Any]]:
+    # by id, for an object may be held by several modules
+    holders = {id(module.__dict__): module.__dict__ for module in model.modules()}
+    held = {
+        id(value): value for values in holders.values() for value in values.values() if is_changeable(value)
+    }
+    return [(value, snapshot(value)) for value in (*holders.values(), *held.values())]
 
 
 def _compare(expected: Any, actual: Any) -> str | None:

@@ -29,7 +29,8 @@ def fuse_weighted_sums(gm: fx.GraphModule) -> int:
         target.pattern, reason = first_pattern(target.choice, known)
         fused += target.pattern is not None
         if reason is not None:
-            gm.meta["notes"].setdefault(target.path, reason)
+            notes = gm.meta["notes"]
+            notes[target.path] = "; ".join(filter(None, (notes.get(target.path), reason)))
     return fused
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from torch import fx
 
-from nascompile.compiler.guards import Guards, has_hooks
-from nascompile.compiler.lower import lowered
+from nascompile.compiler.guards import Guards
+from nascompile.compiler.lower import lowered, why_not_lowered
 from nascompile.compiler.mutables import InputChoice, LayerChoice
 
 
@@ -26,8 +26,9 @@ def lower_choices(gm: fx.GraphModule) -> int:
         choice = gm.get_submodule(str(node.target))
         if not isinstance(choice, LayerChoice | InputChoice):
             continue
-        if has_hooks(choice) or "forward" in choice.__dict__:
-            gm.meta["notes"][str(node.target)] = "has hooks or a replaced forward: called as a module"
+        reason = why_not_lowered(choice)
+        if reason is not None:
+            gm.meta["notes"][str(node.target)] = reason
             continue
         guards.traced(choice, gm.meta["tracer"].places.get(choice))
         for name in ("names", "choose_from", "reduction", "return_mask"):

@@ -26,7 +26,7 @@ from tests.random_spaces import Again, Island, Plan, Skip
 # shrinking takes minutes; the first example found is small enough to read
 PHASES = (Phase.explicit, Phase.reuse, Phase.generate)
 EXAMPLES = settings(max_examples=60, phases=PHASES, suppress_health_check=list(HealthCheck))
-FEWER = settings(max_examples=20, phases=PHASES, suppress_health_check=list(HealthCheck))
+FEWER = settings(max_examples=30, phases=PHASES, suppress_health_check=list(HealthCheck))
 
 
 def run(model: nn.Module, plan: Plan, masks: dict[str, Tensor], *, seed: int = 0, batch: int = 2) -> Any:
