@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import fx, nn
 
+from nascompile.compiler.trace import is_builtin
+
 _OPERATORS = frozenset(
     getattr(operator, f"i{name}")
     for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
@@ -69,6 +71,15 @@ def mutated_value(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     if not is_in_place(gm, node) or not node.args or not isinstance(node.args[0], fx.Node):
         return None
     return node.args[0]
+
+
+def changed_values(gm: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
+    """The nodes whose values `node` may change in place: all, for a module that was not looked into."""
+    if node.op == "call_module" and not is_builtin(gm.get_submodule(str(node.target))):
+        return list(node.all_input_nodes)
+    out = node.kwargs.get("out")
+    value = mutated_value(gm, node)
+    return [one for one in (value, out) if isinstance(one, fx.Node)]
 
 
 def base_of(gm: fx.GraphModule, node: fx.Node) -> fx.Node:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from nascompile.compiler.inplace import base_of, mutated_value
+from nascompile.compiler.inplace import base_of, changed_values
 
 
 def drop_dead(gm: fx.GraphModule) -> int:
@@ -25,11 +25,7 @@ def drop_dead(gm: fx.GraphModule) -> int:
 def _live(gm: fx.GraphModule) -> set[fx.Node]:
     live: set[fx.Node] = set()
     frontier = [node for node in gm.graph.nodes if node.op == "output"]
-    changes = [
-        (node, base_of(gm, value))
-        for node in gm.graph.nodes
-        if (value := mutated_value(gm, node)) is not None
-    ]
+    changes = [(node, base_of(gm, value)) for node in gm.graph.nodes for value in changed_values(gm, node)]
     while frontier:
         node = frontier.pop()
         if node in live:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx, nn
 
 from nascompile.compiler.candidates import Candidate, read_once
-from nascompile.compiler.inplace import base_of, mutated_value
+from nascompile.compiler.inplace import base_of, changed_values
 from nascompile.compiler.lower import LoweredLayerChoice, Shared, SharedCall
 
 
@@ -28,23 +28,30 @@ def share_prefixes(gm: fx.GraphModule) -> int:
     saved.
 
     Legal because a prefix has no parameters, no state and no randomness, so equal prefixes of one value are
-    equal; it
-    is computed only if a chosen candidate needs it. Not done where anything may change the source in place.
+    equal; it is computed only if a chosen candidate needs it. Not done where anything may change the source
+    in place: an operation, a module that was not looked into, a candidate.
     """
     changed = {
-        base_of(gm, value) for node in gm.graph.nodes if (value := mutated_value(gm, node)) is not None
+        base_of(gm, value)
+        for node in gm.graph.nodes
+        for value in (*changed_values(gm, node), *_changed_by_candidates(gm, node))
     }
     saved = 0
     for source, nodes in _choices_by_source(gm).items():
-        if base_of(gm, source) in changed:
-            _note(gm, nodes, f"prefixes not shared: {source.name} is changed in place")
-            continue
         consumers, reason = _consumers(gm, nodes)
+        if reason is None and base_of(gm, source) in changed:
+            reason = f"{source.name} may be changed in place"
         if reason is not None:
             _note(gm, nodes, f"prefixes not shared: {reason}")
             continue
         saved += _share(gm, source, consumers)
     return saved
+
+
+def _changed_by_candidates(gm: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
+    if not isinstance(node.target, LoweredLayerChoice):
+        return []
+    return list(node.all_input_nodes) if _consumers(gm, [node])[1] is not None else []
 
 
 def _choices_by_source(gm: fx.GraphModule) -> dict[fx.Node, list[fx.Node]]:

@@ -1,4 +1,4 @@
-"""Programs that users write around choices. Each is a model and one call; where it cannot be traced, a comment says so.
+"""Programs that users write around choices: each is a model and one call.
 
 A line with `# island: NAME` is the one that the island NAME must name.
 """
@@ -39,7 +39,9 @@ class Program(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.op = LayerChoice([conv(3), nn.Sequential(nn.ReLU(), conv(1), nn.BatchNorm2d(4)), nn.Identity()], key="op")
+        self.op = LayerChoice(
+            [conv(3), nn.Sequential(nn.ReLU(), conv(1), nn.BatchNorm2d(4)), nn.Identity()], key="op"
+        )
 
 
 # ----- traced
@@ -69,7 +71,12 @@ class FunctionalDropout(Program):
 class Factories(Program):
     def forward(self, x: Tensor) -> Tensor:
         y = self.op(x)
-        y = y + torch.zeros(x.shape[0], 1, 1, 1, dtype=x.dtype) + torch.ones(x.size(1), 1, 1) + torch.full((5,), 2.0)
+        y = (
+            y
+            + torch.zeros(x.shape[0], 1, 1, 1, dtype=x.dtype)
+            + torch.ones(x.size(1), 1, 1)
+            + torch.full((5,), 2.0)
+        )
         y = y * torch.arange(x.shape[-1]) + torch.rand(x.shape[0], 1, 1, 1) + torch.randn_like(x)
         return y @ torch.eye(5, dtype=x.dtype) + torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]) + x.new_zeros(5)
 
@@ -148,7 +155,9 @@ class Attention(nn.Module):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             return super().forward(*args, need_weights=False, **kwargs)[0]
 
-    args = staticmethod(lambda: (torch.linspace(-1, 1, 80, dtype=torch.float64).view(2, 5, 8).requires_grad_(),))
+    args = staticmethod(
+        lambda: (torch.linspace(-1, 1, 80, dtype=torch.float64).view(2, 5, 8).requires_grad_(),)
+    )
     kwargs = staticmethod(dict)
 
     def __init__(self) -> None:
@@ -205,7 +214,9 @@ class SharedPrefixes(Program):
 
     def __init__(self) -> None:
         super().__init__()
-        self.op = LayerChoice([self.Functional(), self.Functional(), nn.Sequential(nn.ReLU(), conv(1))], key="op")
+        self.op = LayerChoice(
+            [self.Functional(), self.Functional(), nn.Sequential(nn.ReLU(), conv(1))], key="op"
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.op(x) + self.op(x * 2)
@@ -466,15 +477,46 @@ class OwnCall(Program):
 
 
 TRACED: tuple[type[nn.Module], ...] = (
-    Plain, InPlaceRelu, FunctionalDropout, Factories, ItemAssignment, TensorIndex, OptionalGiven, OptionalMissing,
-    OptionalNone, Keywords, StarArguments, Integers, NamedTuples, Attention, TwoArguments, OwnTensors, SharedPrefixes,
-    ShapeBranch, Scopes, Inputs, Parametrized, Scripted, SideEffects, ReplacedForward, OwnCall,
-)  # fmt: skip
+    Plain,
+    InPlaceRelu,
+    FunctionalDropout,
+    Factories,
+    ItemAssignment,
+    TensorIndex,
+    OptionalGiven,
+    OptionalMissing,
+    OptionalNone,
+    Keywords,
+    StarArguments,
+    Integers,
+    NamedTuples,
+    Attention,
+    TwoArguments,
+    OwnTensors,
+    SharedPrefixes,
+    ShapeBranch,
+    Scopes,
+    Inputs,
+    Parametrized,
+    Scripted,
+    SideEffects,
+    ReplacedForward,
+    OwnCall,
+)
 ISLANDS: tuple[tuple[type[nn.Module], str], ...] = (
-    (Branch, "branch on a tensor"), (ElementBranch, "branch on a tensor"), (Loop, "loop over a tensor"),
-    (Length, "length of a tensor"), (NoGrad, "gradient, inference or autocast mode"),
-    (NoAutocast, "gradient, inference or autocast mode"), (Function, "autograd function Square"),
-    (PythonRandom, "random numbers in Python"), (NumpyRandom, ""), (Counter, "assigns Counter.calls"),
-    (Log, "changes Log.log"), (Registered, "not part of the model"), (MovingBuffer, "assigns MovingBuffer.mean"),
-    (Nested, "branch on a tensor"), (Checkpointed, "hooks on saved tensors"),
-)  # fmt: skip
+    (Branch, "branch on a tensor"),
+    (ElementBranch, "branch on a tensor"),
+    (Loop, "loop over a tensor"),
+    (Length, "length of a tensor"),
+    (NoGrad, "gradient, inference or autocast mode"),
+    (NoAutocast, "gradient, inference or autocast mode"),
+    (Function, "autograd function Square"),
+    (PythonRandom, "random numbers in Python"),
+    (NumpyRandom, ""),
+    (Counter, "assigns Counter.calls"),
+    (Log, "changes Log.log"),
+    (Registered, "not part of the model"),
+    (MovingBuffer, "assigns MovingBuffer.mean"),
+    (Nested, "branch on a tensor"),
+    (Checkpointed, "hooks on saved tensors"),
+)
