@@ -21,7 +21,7 @@ class NotTraceable(Exception):
 
 
 def fingerprint(value: Any, depth: int = 3) -> Any:
-    """Equal for values that a trace cannot tell apart: scalars by value, containers by content, else identity.
+    """Equal for values that a trace cannot tell apart: scalars by value, containers by content, else by id.
 
     An object of a user's class (a configuration) counts as changed when one of its plain attributes is.
     """

@@ -76,7 +76,13 @@ def prune(
         islands=islands,
         constants=tracers[True].guards.constants(),
     )
-    return lean.train(model.training)
+    # the copies are in the mode of their originals, which may differ from the model's
+    modes = [(module, module.training) for module in lean.modules() if type(module) is not nn.Module]
+    lean.train(model.training)
+    for module, mode in modes:
+        if module is not lean:
+            module.training = mode
+    return lean
 
 
 def load_supernet(lean: fx.GraphModule, state: nn.Module | Mapping[str, torch.Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""What every pass owes: it fires, it keeps off where it may not, results are equal, a second run changes nothing."""
+"""What every pass owes: it fires, keeps off where it may not, keeps results; a second run changes nothing."""
 
 from __future__ import annotations
 
@@ -54,9 +54,12 @@ def of(program: Any, **parts: nn.Module) -> nn.Module:
 def weights(model: nn.Module) -> dict[str, Tensor]:
     mutator = Decided(model)
     masks = {"op": [0.5, 0.3, 0.2], "choose": [0.4, 0.6]}
-    mutator.decide({
-        key: torch.tensor(masks[key], dtype=torch.float64, requires_grad=True) for key in mutator.choices_by_key
-    })  # fmt: skip
+    mutator.decide(
+        {
+            key: torch.tensor(masks[key], dtype=torch.float64, requires_grad=True)
+            for key in mutator.choices_by_key
+        }
+    )
     return mutator.decision
 
 
@@ -71,10 +74,16 @@ def lowered(gm: fx.GraphModule, *passes: Any) -> list[int]:
 @pytest.mark.parametrize(
     "one",
     [
-        drop_identity, drop_unused, lower_choices, functionalize_in_place, share_prefixes, fuse_weighted_sums, drop_dead,
+        drop_identity,
+        drop_unused,
+        lower_choices,
+        functionalize_in_place,
+        share_prefixes,
+        fuse_weighted_sums,
+        drop_dead,
         drop_zero_terms,
     ],
-)  # fmt: skip
+)
 def test_a_graph_without_the_pattern_is_untouched(one: Any) -> None:
     gm = traced(of(plain))
     before = gm.graph.python_code("self").src
@@ -289,9 +298,7 @@ def test_share_prefixes_tells_hyper_parameters_apart() -> None:
     model = of(one_choice, op=LayerChoice(candidates, key="four"))
     mask = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64, requires_grad=True)
     Decided(model).decide({"four": mask, "op": torch.ones(3), "choose": torch.ones(2)})
-    gm = assert_pass_keeps_results(
-        model, lambda gm: lowered(gm, share_prefixes), rows(), masks={"four": mask}
-    )
+    assert_pass_keeps_results(model, lambda gm: lowered(gm, share_prefixes), rows(), masks={"four": mask})
     # of the two equal functions one is saved; the module is another way to write it
     assert lowered(traced(model), share_prefixes)[1] == 1
 
