@@ -256,6 +256,8 @@ class InputChoice(Mutable):
             raise ValueError(f"InputChoice: n_chosen is {n_chosen}, expected None or 0 to {n_candidates}")
         self.n_candidates = n_candidates
         self.choose_from = sources
+        # as given: the keys of the sources may change when the model becomes a part of another one
+        self._given_sources = tuple(sources)
         self.n_chosen = n_chosen
         self.reduction = _check_reduction(reduction)
         self.return_mask = return_mask

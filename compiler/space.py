@@ -124,7 +124,7 @@ def _assign_keys(mutables: list[Mutable]) -> None:
         automatic.setdefault(placeholder, mutable.key)
     for mutable in mutables:
         if isinstance(mutable, InputChoice):
-            mutable.choose_from = [automatic.get(source, source) for source in mutable.choose_from]
+            mutable.choose_from = [automatic.get(source, source) for source in mutable._given_sources]
 
 
 def _check(mutables: list[Mutable]) -> None:

@@ -269,11 +269,11 @@ class Own(nn.Module):
 
 def test_fresh_weights_need_a_way_to_be_made() -> None:
     model = nn.Sequential(LayerChoice([Own(), conv(1)], key="op"))
-    with pytest.raises(NascompileError, match="'0.0.weight' belongs to a module without reset_parameters"):
+    with pytest.raises(NascompileError, match=r"'0\.0\.weight' belongs to a module without reset_parameters"):
         nascompile.prune(model, {"op": 0}, weights="fresh")
     # what is not chosen is not asked for
     assert numbers(nascompile.prune(model, {"op": 1}, weights="fresh")) == 20
-    with pytest.raises(NascompileError, match="weights is \"old\"|weights is 'old'"):
+    with pytest.raises(NascompileError, match="weights is 'old'"):
         nascompile.prune(model, {"op": 1}, weights="old")
 
 
@@ -287,7 +287,7 @@ def test_another_supernet_is_refused_before_anything_is_copied() -> None:
     ):
         load_supernet(lean, state)
     del state["head.weight"]
-    with pytest.raises(NascompileError, match="the supernet has no tensor 'head.weight'"):
+    with pytest.raises(NascompileError, match=r"the supernet has no tensor 'head\.weight'"):
         load_supernet(lean, state)
     assert_same(dict(lean.state_dict()), dict(before), exact=True)
 
