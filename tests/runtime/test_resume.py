@@ -181,17 +181,22 @@ def _flip(content: bytes, position: int) -> bytes:
 
 
 class Evil:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
     def __reduce__(self) -> Any:
-        return (Path.touch, (Path("/tmp/nascompile-was-run"),))
+        return (Path.touch, (self.mark,))
 
 
 def test_foreign_checkpoints(tmp_path: Path) -> None:
     trainer = make("darts")
     torch.save({"weights": torch.ones(3)}, tmp_path / NAME)
     refused(trainer, tmp_path, "is not a checkpoint written by nascompile")
-    torch.save(Evil(), tmp_path / NAME)
+    torch.save(Evil(tmp_path / "was run"), tmp_path / NAME)
     refused(trainer, tmp_path, "is damaged or no checkpoint")
-    assert not Path("/tmp/nascompile-was-run").exists()
+    assert not (tmp_path / "was run").exists()
     make("random").checkpoint(tmp_path)
     refused(trainer, tmp_path, "written by a RandomTrainer, this is a DartsTrainer")
     make("darts", Planted()).checkpoint(tmp_path)
