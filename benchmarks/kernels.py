@@ -89,9 +89,9 @@ def rows(*, compiled: bool) -> Iterator[dict[str, Any]]:
                     "name": kernel.name,
                     "case": case,
                     "peer": name,
-                    "median_ms": timing.median,
-                    "p20_ms": timing.p20,
-                    "p80_ms": timing.p80,
+                    "median": timing.median,
+                    "p20": timing.p20,
+                    "p80": timing.p80,
                     "ratio": best_other / timing.median if is_ours and not wrong else None,
                     "wrong": "; ".join(wrong) if is_ours else "",
                 }

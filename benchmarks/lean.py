@@ -153,9 +153,9 @@ def rows(*, compiled: bool) -> Iterator[dict[str, Any]]:
                 "name": "NAS-Bench-201",
                 "case": case,
                 "peer": name,
-                "median_ms": timing.median,
-                "p20_ms": timing.p20,
-                "p80_ms": timing.p80,
+                "median": timing.median,
+                "p20": timing.p20,
+                "p80": timing.p80,
                 "ratio": timings["hand-written"].median / timing.median if ours and not wrong else None,
                 "wrong": wrong if ours else "",
             }

@@ -3,13 +3,15 @@
     python benchmarks/run.py [--suite kernels] [--threads 2] [--no-compile] [--out benchmarks/results]
 
 Correctness comes first: where a comparison fails no ratio is printed, and the exit status is 1. A ratio is
-the time of the fastest other peer over ours, so 2.0 means twice as fast as the best of them.
+the time of the fastest other peer over ours, so 2.0 means twice as fast as the best of them. Times stand
+relative to the fastest median of their case: times of a CPU say nothing on another one.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -29,13 +31,20 @@ SUITES: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
     "kernels": kernels.rows,
     "lean": lean.rows,
 }
-COLUMNS = ("suite", "name", "case", "peer", "median_ms", "p20_ms", "p80_ms", "ratio", "wrong")
+TIMES = ("median", "p20", "p80")
+COLUMNS = ("suite", "name", "case", "peer", *TIMES, "ratio", "wrong")
 
 
 def show(row: dict[str, Any]) -> None:
     ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}x"
-    line = f"{row['name']:12} {row['case']:20} {row['peer']:30} {row['median_ms']:9.3f}"
-    print(f"{line} [{row['p20_ms']:.3f}, {row['p80_ms']:.3f}] ms {ratio:>7} {row['wrong']}", flush=True)
+    line = f"{row['name']:14} {row['case']:22} {row['peer']:30} {row['median']:6.2f}"
+    print(f"{line} [{row['p20']:.2f}, {row['p80']:.2f}] {ratio:>7} {row['wrong']}", flush=True)
+
+
+def relative(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of one case with times in units of its fastest median."""
+    fastest = min(row["median"] for row in rows)
+    return [{**row, **{name: row[name] / fastest for name in TIMES}} for row in rows]
 
 
 def save_table(rows: list[dict[str, Any]], path: Path) -> None:
@@ -44,7 +53,7 @@ def save_table(rows: list[dict[str, Any]], path: Path) -> None:
         writer = csv.DictWriter(file, fieldnames=[*COLUMNS, "machine"])
         writer.writeheader()
         for row in rows:
-            numbers = {key: f"{row[key]:.4f}" for key in ("median_ms", "p20_ms", "p80_ms")}
+            numbers = {key: f"{row[key]:.3f}" for key in TIMES}
             ratio = "" if row["ratio"] is None else f"{row['ratio']:.3f}"
             writer.writerow({**row, **numbers, "ratio": ratio, "machine": machine()})
 
@@ -60,17 +69,17 @@ def save_picture(rows: list[dict[str, Any]], path: Path) -> None:
     figure, panels = pyplot.subplots(len(cases), 1, figsize=(9, 1.1 + 1.6 * len(cases)), squeeze=False)
     for panel, case in zip(panels[:, 0], cases, strict=True):
         mine = [row for row in rows if (row["suite"], row["name"], row["case"]) == case]
-        medians = [row["median_ms"] for row in mine]
+        medians = [row["median"] for row in mine]
         spread = [
-            [max(0.0, row["median_ms"] - row["p20_ms"]) for row in mine],
-            [max(0.0, row["p80_ms"] - row["median_ms"]) for row in mine],
+            [max(0.0, row["median"] - row["p20"]) for row in mine],
+            [max(0.0, row["p80"] - row["median"]) for row in mine],
         ]
         colours = ["tab:blue" if row["peer"].startswith("nascompile") else "tab:grey" for row in mine]
         panel.barh([row["peer"] for row in mine], medians, xerr=spread, color=colours)
         panel.invert_yaxis()
         panel.set_title(f"{case[1]}: {case[2]}", loc="left", fontsize=9)
         panel.tick_params(labelsize=8)
-    panels[-1, 0].set_xlabel("ms per forward and backward: median, 20th to 80th percentile")
+    panels[-1, 0].set_xlabel("time relative to the fastest peer: median, 20th to 80th percentile")
     figure.suptitle(machine(), fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
@@ -97,9 +106,11 @@ def main() -> int:
         )
     rows = []
     for suite in options.suite or SUITES:
-        for row in SUITES[suite](compiled=not options.no_compile):
-            show(row)
-            rows.append(row)
+        found = SUITES[suite](compiled=not options.no_compile)
+        for _, case in itertools.groupby(found, key=lambda row: (row["name"], row["case"])):
+            for row in relative(list(case)):
+                show(row)
+                rows.append(row)
     options.out.mkdir(parents=True, exist_ok=True)
     save_table(rows, options.out / "cpu.csv")
     save_picture(rows, options.out / "cpu.png")
