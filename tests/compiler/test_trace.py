@@ -1,4 +1,4 @@
-"""The tracer itself: what stays a node, what is refused, what is taken for granted, and that nothing is left behind."""
+"""The tracer itself: what stays a node, what is refused or taken for granted; nothing is left behind."""
 
 from __future__ import annotations
 
@@ -58,10 +58,12 @@ def fails(self: Any, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("forward", [plain, fails])
 def test_nothing_is_left_patched(forward: Any) -> None:
     things = [
-        (nn.Module, "__call__"), (nn.Module, "__getattr__"), (nn.Module, "__setattr__"), (nn.Module, "__delattr__"),
-        (torch.autograd.Function, "apply"), (torch.autograd.graph.saved_tensors_hooks, "__enter__"),
-        (torch, "rand"), (torch, "zeros"), (torch, "is_tensor"), (builtins, "isinstance"), (builtins, "hasattr"),
-    ]  # fmt: skip
+        *((nn.Module, f"__{name}__") for name in ("call", "getattr", "setattr", "delattr")),
+        (torch.autograd.Function, "apply"),
+        (torch.autograd.graph.saved_tensors_hooks, "__enter__"),
+        *((torch, name) for name in ("rand", "zeros", "is_tensor")),
+        *((builtins, name) for name in ("isinstance", "hasattr")),
+    ]
     before = [owner.__dict__.get(name) for owner, name in things]
     assert "__getattribute__" not in nn.Module.__dict__
     ModelTracer(of(forward)).trace_guessed("")
