@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from nascompile.compiler.codegen import as_function
-from nascompile.compiler.guards import Guards, fingerprint, has_hooks
+from nascompile.compiler.guards import Guards, attribute, fingerprint, has_hooks
 from nascompile.compiler.inplace import base_of, is_in_place, mutated_value
 from nascompile.compiler.mutables import LayerChoice, Mutable
 from nascompile.compiler.signature import required_parameters
@@ -98,7 +98,7 @@ class Candidate:
         own."""
         for path, name in self.read:
             module = candidate.get_submodule(path)
-            guards.saw(module, name, module.__dict__[name])
+            guards.saw(module, name, attribute(module, name))
         for path in ("", *self.looked_into):
             parent, _, name = path.rpartition(".")
             home = (candidate.get_submodule(parent)._modules, name) if path else place

@@ -7,11 +7,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import numpy
+from torch import Tensor, nn
 
 from nascompile.compiler.snapshot import is_changeable, is_unchanged, put_back, snapshot
 
 _INTERNAL = frozenset(nn.Module().__dict__) - {"training"}
+_SMALL = 2**16  # bytes of an array that is compared by content; a larger one counts by identity
+_MISSING = object()
 _SCALARS = (bool, int, float, complex, str, bytes, type(None))
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -33,6 +36,8 @@ def fingerprint(value: Any, depth: int = 3) -> Any:
         return (type(value), tuple((key, fingerprint(item, depth)) for key, item in value.items()))
     if isinstance(value, set | frozenset):
         return (type(value), frozenset(fingerprint(item, depth) for item in value))
+    if isinstance(value, numpy.ndarray) and value.nbytes <= _SMALL and not value.dtype.hasobject:
+        return (value.shape, value.dtype.str, value.tobytes())
     if depth and is_changeable(value):
         return (id(value), fingerprint(vars(value), depth - 1))
     return id(value)
@@ -110,12 +115,19 @@ class Guards:
     def hold(self) -> bool:
         """Whether everything the trace took for granted is still so."""
         for module, name, expected, _ in self._attributes.values():
-            values = module.__dict__
-            if name not in values or fingerprint(values[name]) != expected:
+            if fingerprint(attribute(module, name)) != expected:
                 return False
         if any(modules.get(name) is not module for modules, name, module in self._places):
             return False
         return not any(has_hooks(module) for module in self._modules.values())
+
+
+def attribute(module: nn.Module, name: str) -> Any:
+    """A plain attribute of the module or of its class, read without running any of the user's code."""
+    held = object.__getattribute__(module, "__dict__")
+    if name in held:
+        return held[name]
+    return next((one.__dict__[name] for one in type(module).__mro__ if name in one.__dict__), _MISSING)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -125,14 +137,22 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 @contextmanager
-def watch_attributes(guards: Guards) -> Iterator[None]:
-    """While tracing: record every Python attribute that a forward reads, and refuse those it assigns."""
+def watch_attributes(guards: Guards, tensor: Callable[[Tensor], Any]) -> Iterator[None]:
+    """While tracing: record every Python attribute that a forward reads, and refuse those it assigns.
+
+    `tensor` gives what the program gets for a tensor that is neither parameter nor buffer.
+    """
     original_set: Callable[..., None] = nn.Module.__setattr__
     original_delete: Callable[..., None] = nn.Module.__delattr__
 
     def read(module: nn.Module, name: str) -> Any:
         value = object.__getattribute__(module, name)
-        if name not in _INTERNAL and name in object.__getattribute__(module, "__dict__"):
+        if name in _INTERNAL or name.startswith("__"):
+            return value
+        if isinstance(value, Tensor):
+            return tensor(value)
+        # what a property computes is not an attribute: what it reads is
+        if attribute(module, name) is value and not callable(value):
             guards.saw(module, name, value)
         return value
 

@@ -6,6 +6,7 @@ import operator
 from typing import Any
 
 from torch import fx, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from nascompile.compiler.trace import is_builtin
 
@@ -17,6 +18,30 @@ _OPERATORS = frozenset(
 _VIEWS = frozenset(
     (
         "view",
+        "ravel",
+        "unflatten",
+        "swapdims",
+        "moveaxis",
+        "broadcast_to",
+        "as_strided",
+        "tensor_split",
+        "split_with_sizes",
+        "hsplit",
+        "vsplit",
+        "dsplit",
+        "adjoint",
+        "real",
+        "imag",
+        "atleast_1d",
+        "atleast_2d",
+        "atleast_3d",
+        "data",
+        "H",
+        "mH",
+        "bfloat16",
+        "cpu",
+        "cuda",
+        "einsum",
         "reshape",
         "permute",
         "transpose",
@@ -95,6 +120,6 @@ def is_view(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether the result may share memory with the first argument (said too often rather than too rarely)."""
     if node.op == "call_module":
         module: Any = gm.get_submodule(str(node.target))
-        return isinstance(module, nn.Identity | nn.Flatten | nn.Unflatten | nn.Dropout)
+        return isinstance(module, nn.Identity | nn.Flatten | nn.Unflatten | _DropoutNd)
     name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
     return node.op in ("call_method", "call_function") and (name in _VIEWS or "dropout" in name)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils._pytree import tree_map
 
 from nascompile.compiler.architecture import Mask, resolve, single_choice
 from nascompile.compiler.codegen import graph_module
@@ -30,8 +31,8 @@ from nascompile.compiler.passes.drop_zero_terms import LayoutRecorder, drop_zero
 from nascompile.compiler.passes.functionalize_in_place import functionalize_in_place
 from nascompile.compiler.signature import inputs_like, required_parameters
 from nascompile.compiler.space import choices, unwrap
-from nascompile.compiler.trace import ModelTracer, own_forward
-from nascompile.compiler.verify import state_kept
+from nascompile.compiler.trace import Island, ModelTracer, own_forward, where_defined
+from nascompile.compiler.verify import difference_under, state_kept
 
 WHOLE = "model"  # the name of the one node when the model's own forward cannot be traced
 
@@ -63,11 +64,11 @@ def prune(
     model = unwrap(model)
     masks = resolve(model, architecture)
     source = model if weights == "inherit" else _fresh(model)
-    graphs, tracers = {}, {}
-    for training in (True, False):
-        tracers[training] = ModelTracer(source, inline_choices=True)
-        graphs[training] = _trace(tracers[training], masks, example_inputs, training)
-    lean = _assemble(source, graphs, masks)
+    lean, tracers = _lean(source, masks, example_inputs)
+    if example_inputs is not None:
+        problem = _difference(source, lean, masks, _arguments(example_inputs))
+        if problem is not None:
+            lean, tracers = _lean(source, masks, example_inputs, whole=problem)
     if weights == "fresh":
         _require_reset(source, lean.meta["nascompile"]["names"].values())
     islands = {path: str(island) for tracer in tracers.values() for path, island in tracer.islands.items()}
@@ -76,13 +77,7 @@ def prune(
         islands=islands,
         constants=tracers[True].guards.constants(),
     )
-    # the copies are in the mode of their originals, which may differ from the model's
-    modes = [(module, module.training) for module in lean.modules() if type(module) is not nn.Module]
-    lean.train(model.training)
-    for module, mode in modes:
-        if module is not lean:
-            module.training = mode
-    return lean
+    return _set_mode(lean, model.training, _own_modes(lean))
 
 
 def load_supernet(lean: fx.GraphModule, state: nn.Module | Mapping[str, torch.Tensor]) -> None:
@@ -109,6 +104,34 @@ def load_supernet(lean: fx.GraphModule, state: nn.Module | Mapping[str, torch.Te
     lean.load_state_dict({name: tensors[names[name]] for name in own})
 
 
+def _arguments(example_inputs: Any) -> tuple[Any, ...]:
+    return example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+
+
+def _own_modes(lean: nn.Module) -> list[tuple[nn.Module, bool]]:
+    # the copies are in the mode of their originals, which may differ from the model's
+    return [(m, m.training) for m in lean.modules() if type(m) is not nn.Module and m is not lean]
+
+
+def _set_mode(lean: fx.GraphModule, training: bool, modes: list[tuple[nn.Module, bool]]) -> fx.GraphModule:
+    lean.train(training)
+    for module, mode in modes:
+        module.training = mode
+    return lean
+
+
+def _difference(
+    source: nn.Module, lean: fx.GraphModule, masks: Mapping[str, Mask], args: tuple[Any, ...]
+) -> str | None:
+    """What distinguishes the lean network from the supernet under the decision, in eval mode, or None."""
+    modes, training = _own_modes(lean), lean.training
+    try:
+        with _mode(source, False):
+            return difference_under(_Decided(masks), source, lean.eval(), args)
+    finally:
+        _set_mode(lean, training, modes)
+
+
 class _Decided(Mutator):
     """Carries out fixed decisions on proxies, without being bound to the model."""
 
@@ -131,8 +154,23 @@ class _Decided(Mutator):
         return reduce_fixed(outputs, mutable.reduction), mask
 
 
+def _lean(
+    source: nn.Module, masks: Mapping[str, Mask], example_inputs: Any, *, whole: str | None = None
+) -> tuple[fx.GraphModule, dict[bool, ModelTracer]]:
+    """The lean network and the tracers of both modes; with a reason for `whole`, the model is one node."""
+    graphs, tracers = {}, {}
+    for training in (True, False):
+        tracer = tracers[training] = ModelTracer(source, inline_choices=True)
+        if whole is None:
+            graphs[training] = _trace(tracer, masks, example_inputs, training)
+        else:
+            tracer.islands[""] = Island("", *where_defined(source), whole)
+            graphs[training] = _one_node(tracer, example_inputs)
+    return _assemble(source, graphs, masks), tracers
+
+
 def _trace(tracer: ModelTracer, masks: Mapping[str, Mask], example_inputs: Any, training: bool) -> fx.Graph:
-    args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    args = _arguments(example_inputs)
     forward = own_forward(tracer.root)
     with _mode(tracer.root, training), forced_mutator(_Decided(masks)):
         if example_inputs is None:
@@ -140,34 +178,43 @@ def _trace(tracer: ModelTracer, masks: Mapping[str, Mask], example_inputs: Any, 
         else:
             traced = tracer.trace_module("", lambda t: inputs_like(t, forward, args, {}))
     if not traced:
-        tracer.graph = _one_node(tracer, forward, args, example_inputs is None)
-        return tracer.graph
+        return _one_node(tracer, example_inputs)
     gm = graph_module(tracer.root, tracer.graph, guards=tracer.guards, notes=tracer.notes, tracer=tracer)
     drop_identity(gm)
-    if example_inputs is not None and makes_zeros(gm):
-        _record_layouts(gm, tracer.root, args)
+    if example_inputs is not None and makes_zeros(gm) and _record_layouts(gm, tracer.root, args):
         drop_zero_terms(gm)
     drop_dead(gm)
     functionalize_in_place(gm)
     return gm.graph
 
 
-def _record_layouts(gm: fx.GraphModule, model: nn.Module, args: tuple[Any, ...]) -> None:
-    # evaluation mode whatever the graph is for: shapes are the same and one example is enough for BatchNorm
-    with state_kept(model, args, {}), _mode(model, False), torch.no_grad():
-        bound = inspect.signature(own_forward(model)).bind(*args)
+def _record_layouts(gm: fx.GraphModule, model: nn.Module, args: tuple[Any, ...]) -> bool:
+    """Run the graph on the example and on twice the batch; False where the second does not run.
+
+    Twice, because sizes that are equal for one batch, of a position embedding for example, may differ then.
+    """
+    doubled = tree_map(lambda x: torch.cat([x, x]) if isinstance(x, torch.Tensor) and x.dim() else x, args)
+    signature = inspect.signature(own_forward(model))
+    for inputs in (args, doubled):
+        bound = signature.bind(*inputs)
         bound.apply_defaults()
-        LayoutRecorder(gm).run(*bound.arguments.values())
+        # evaluation mode whatever the graph is for: one example is enough for BatchNorm then
+        try:
+            with state_kept(model, inputs, {}), _mode(model, False), torch.no_grad():
+                LayoutRecorder(gm).run(*bound.arguments.values())
+        except Exception:  # a model may be made for one batch size; its zeros stay
+            return False
+    return True
 
 
-def _one_node(tracer: ModelTracer, forward: Any, args: tuple[Any, ...], guess: bool) -> fx.Graph:
-    graph = fx.Graph()
-    names = [
-        p.name
-        for p in (required_parameters(forward) if guess else inspect.signature(forward).parameters.values())
-    ]
-    used = names if guess else names[: len(args)]
-    graph.output(graph.call_module(WHOLE, tuple(graph.placeholder(name) for name in used)))
+def _one_node(tracer: ModelTracer, example_inputs: Any) -> fx.Graph:
+    tracer.graph = graph = fx.Graph()
+    forward = own_forward(tracer.root)
+    if example_inputs is None:
+        names = [parameter.name for parameter in required_parameters(forward)]
+    else:
+        names = list(inspect.signature(forward).parameters)[: len(_arguments(example_inputs))]
+    graph.output(graph.call_module(WHOLE, tuple(graph.placeholder(name) for name in names)))
     return graph
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import builtins
 import inspect
 import operator
-import random
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -21,13 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 from torch import fx, nn
 from torch.fx.proxy import TraceError as FxTraceError
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
+from nascompile.compiler.ambient import ambient_modes, random_states, same_random_states, set_random_states
 from nascompile.compiler.guards import Guards, NotTraceable, has_hooks, watch_attributes
 from nascompile.compiler.mutables import InputChoice, LayerChoice, Mutable, MutableScope
 from nascompile.compiler.signature import guessed_inputs
@@ -35,6 +35,10 @@ from nascompile.compiler.signature import guessed_inputs
 _FACTORIES = frozenset(
     {torch.zeros, torch.ones, torch.full, torch.empty, torch.arange, torch.linspace, torch.eye, torch.tensor}
     | {torch.rand, torch.randn, torch.randint, torch.randperm}
+)
+# what may be asked of any tensor without computing
+_QUESTIONS = frozenset(
+    {"__get__", "dim", "size", "numel", "stride", "is_floating_point", "__len__", "__repr__"}
 )
 _IN_PLACE_OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
 
@@ -83,7 +87,28 @@ class _RecordFactories(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _FACTORIES:
             return self.tracer.create_proxy("call_function", func, args, kwargs or {})
+        if _computes_now(func, args, kwargs or {}) and not _calls_from_here():
+            name = getattr(func, "__name__", str(func))
+            raise NotTraceable(
+                f"computes {name} of a tensor that is not part of the model while it is traced"
+            )
         return func(*args, **(kwargs or {}))
+
+
+def _computes_now(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether a call has tensors and no proxy, so that it would run once, now, and not in every call."""
+    leaves = tree_leaves((args, kwargs))
+    asks = getattr(func, "__name__", "") in _QUESTIONS
+    return (
+        not asks
+        and any(isinstance(x, torch.Tensor) for x in leaves)
+        and not any(type(x) is TensorProxy for x in leaves)
+    )
+
+
+def _calls_from_here() -> bool:
+    # the frames of this function and of the mode lie above the caller's
+    return sys._getframe(2).f_code.co_filename.startswith(_FOREIGN[1])
 
 
 class ModelTracer(fx.Tracer):
@@ -208,16 +233,16 @@ class ModelTracer(fx.Tracer):
         return super().create_arg(a)
 
     def _run(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        state, taken = _random_states(), self.guards.mark()
+        state, taken = random_states(), self.guards.mark()
         self.guards.traced(module, self.places.get(module))
         try:
             output = forward(*args, **kwargs)
-            if not _same_random_states(state, _random_states()):
+            if not same_random_states(state, random_states()):
                 raise NotTraceable("draws random numbers in Python")
             self.guards.require_containers_unchanged()
         except Exception:
             # the module will run as written: what it read may change, and what it drew has not been drawn
-            _set_random_states(state)
+            set_random_states(state)
             self.guards.forget_since(taken)
             raise
         if isinstance(module, MutableScope):
@@ -263,7 +288,9 @@ class ModelTracer(fx.Tracer):
             ):
                 patches.callback(setattr, owner, name, owner.__dict__[name])
                 setattr(owner, name, value)
-            patches.enter_context(watch_attributes(self.guards))
+            patches.enter_context(
+                watch_attributes(self.guards, lambda tensor: self.proxy(self.create_arg(tensor)))
+            )
             patches.enter_context(_RecordFactories(self))
             yield
 
@@ -380,31 +407,3 @@ def _tensor_paths(model: nn.Module) -> dict[int, str]:
             if isinstance(value, torch.Tensor):
                 paths.setdefault(id(value), f"{prefix}.{name}" if prefix else name)
     return paths
-
-
-def ambient_modes() -> tuple[Any, ...]:
-    """The modes of torch that a forward may ask for; a trace holds only for those it was made in."""
-    return (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        tuple(
-            (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-            for device in ("cpu", "cuda")
-        ),
-    )
-
-
-def _random_states() -> tuple[Any, ...]:
-    return torch.get_rng_state(), numpy.random.get_state(legacy=False), random.getstate()
-
-
-def _set_random_states(states: tuple[Any, ...]) -> None:
-    torch.set_rng_state(states[0])
-    numpy.random.set_state(states[1])
-    random.setstate(states[2])
-
-
-def _same_random_states(left: tuple[Any, ...], right: tuple[Any, ...]) -> bool:
-    one, other = left[1]["state"], right[1]["state"]
-    numpy_same = one["pos"] == other["pos"] and bool((one["key"] == other["key"]).all())
-    return torch.equal(left[0], right[0]) and numpy_same and left[2] == right[2]

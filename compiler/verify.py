@@ -64,6 +64,29 @@ def difference(
     return None
 
 
+def difference_under(
+    mutator: Mutator, model: nn.Module, other: nn.Module, args: tuple[Any, ...]
+) -> str | None:
+    """What distinguishes the outputs of two models on one call when `mutator` decides, or None.
+
+    None too when the first does not run: there is nothing to compare with then.
+    """
+    if not _has_values(args, {}):
+        return None
+    with forced_mutator(mutator), torch.no_grad():
+        try:
+            with state_kept(model, args, {}):
+                expected = model(*args)
+        except Exception:  # the decision may be one that the user's program does not run with
+            return None
+        try:
+            with state_kept(other, args, {}):
+                actual = other(*args)
+        except Exception as error:
+            return f"the graph fails where the model runs: {type(error).__name__}: {error}"
+    return _compare(expected, actual)
+
+
 def _has_values(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     leaves = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
     real = all(type(leaf) in (Tensor, nn.Parameter) and not leaf.is_meta for leaf in leaves)
@@ -74,7 +97,8 @@ def _has_values(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 def state_kept(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
     """Put the model's buffers and attributes, the arguments and all random states back afterwards."""
     tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
-    kept = [(tensor, tensor.detach().clone()) for tensor in [*model.buffers(), *tensors]]
+    plain = [v for m in model.modules() for v in m.__dict__.values() if isinstance(v, Tensor)]
+    kept = [(tensor, tensor.detach().clone()) for tensor in [*model.buffers(), *plain, *tensors]]
     devices = sorted({t.device.index or 0 for t, _ in kept if t.device.type == "cuda"})
     numpy_state, python_state = numpy.random.get_state(), random.getstate()
     attributes = _attributes(model)

@@ -112,10 +112,10 @@ def _same_layout(node: fx.Node, other: fx.Node) -> bool:
 
 
 class LayoutRecorder(fx.Interpreter):
-    """Runs a graph and writes the shape and type of every tensor to `node.meta["layout"]`."""
+    """Runs a graph and adds the shape and type of every tensor to the tuple `node.meta["layout"]`."""
 
     def run_node(self, n: fx.Node) -> object:
         value = super().run_node(n)
         if isinstance(value, torch.Tensor):
-            n.meta["layout"] = (tuple(value.shape), value.dtype)
+            n.meta["layout"] = (*n.meta.get("layout", ()), tuple(value.shape), value.dtype)
         return value
