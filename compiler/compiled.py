@@ -295,7 +295,8 @@ def _is_to_be_repeated() -> bool:
 
     It calls the user's code again in backward, where nothing is compiled, and wants the same operations.
     """
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    autograd: Any = torch._C._autograd  # type: ignore[attr-defined]
+    return autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def _unit_forward(compiled: CompiledModel, unit: Unit) -> Any:

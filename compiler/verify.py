@@ -90,7 +90,7 @@ def difference_under(
 def _has_values(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     leaves = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
     real = all(type(leaf) in (Tensor, nn.Parameter) and not leaf.is_meta for leaf in leaves)
-    return real and not torch.jit.is_tracing() and not torch.compiler.is_compiling()
+    return real and torch._C._get_tracing_state() is None and not torch.compiler.is_compiling()
 
 
 @contextmanager

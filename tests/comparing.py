@@ -77,7 +77,7 @@ def assert_same(actual: Any, expected: Any, *, exact: bool = False) -> None:
     assert_close(actual, expected, **(EXACT if exact else CLOSE))
 
 
-def assert_close(actual: Any, expected: Any, **tolerance: float) -> None:
+def assert_close(actual: Any, expected: Any, **tolerance: Any) -> None:
     """Equal nesting, types and None; tensors within the tolerance."""
     left, left_spec = tree_flatten(actual)
     right, right_spec = tree_flatten(expected)

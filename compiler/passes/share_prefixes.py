@@ -100,7 +100,7 @@ def _share(gm: fx.GraphModule, source: fx.Node, consumers: list[_Consumer]) -> i
         assert consumer.candidate.body is not None
         target.bodies[consumer.index] = functools.partial(consumer.candidate.body, consumer.module)
         choice: Any = target.choice
-        place = (choice._modules, choice.names[consumer.index])  # type: ignore[union-attr]
+        place = (choice._modules, choice.names[consumer.index])
         consumer.candidate.guard(consumer.module, gm.meta["guards"], place)
         shared = list(consumer.node.args[0])  # type: ignore[arg-type]
         shared[consumer.index] = value

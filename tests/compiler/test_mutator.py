@@ -114,7 +114,7 @@ def test_nothing_is_bound_when_the_space_is_inconsistent() -> None:
     model = nn.ModuleList([LayerChoice([nn.ReLU()], key="a"), InputChoice(choose_from=["none"], key="i")])
     with pytest.raises(SpaceError):
         Decided(model)
-    assert model[0].bound_mutator is None  # type: ignore[union-attr]
+    assert model[0].bound_mutator is None
 
 
 def test_a_mutator_is_not_a_network() -> None:

@@ -44,7 +44,7 @@ def assert_lean(model: nn.Module, architecture: Any, *args: Any, parameters: int
     assert len(lean.meta["nascompile"]["islands"]) == islands
     mutator = FixedArchitecture(copy.deepcopy(model), architecture)
     mutator.reset()
-    assert_same(lean.eval()(*args), mutator.model.eval()(*args), exact=True)
+    assert_same(lean.eval()(*args), mutator.__dict__["model"].eval()(*args), exact=True)
     return lean
 
 
