@@ -154,7 +154,9 @@ def test_compiled_is_eager() -> None:
         ([False, False, True], [True]),
     ):
         for network in (eager, compiled):
-            mutator = next((m.bound_mutator for m in network.modules() if isinstance(m, LayerChoice)), None)
+            mutator: Any = next(
+                (m.bound_mutator for m in network.modules() if isinstance(m, LayerChoice)), None
+            )
             (mutator or Decided(network)).decide({"op": torch.tensor(op), "skip": torch.tensor(skip)})
         assert_close(compiled(x), eager.forward(x), rtol=1e-5, atol=1e-6)
     assert_close(dict(compiled.state_dict()), dict(eager.state_dict()), rtol=1e-5, atol=1e-6)

@@ -20,18 +20,22 @@ from nascompile.compiler.prune import load_supernet
 from nascompile.compiler.trace import ModelTracer
 from nascompile.fixed import FixedArchitecture
 from tests import random_spaces as spaces
+from tests import space_models
 from tests.comparing import Decided, assert_close, assert_same, decision, replaced, step, tensors
-from tests.random_spaces import Again, Island, Plan, Skip
+from tests.space_by_hand import handwritten
+from tests.space_models import build, inputs
+from tests.space_plans import Island, Plan, chain, resolved
 
 # shrinking takes minutes; the first example found is small enough to read
 PHASES = (Phase.explicit, Phase.reuse, Phase.generate)
-EXAMPLES = settings(max_examples=60, phases=PHASES, suppress_health_check=list(HealthCheck))
-FEWER = settings(max_examples=30, phases=PHASES, suppress_health_check=list(HealthCheck))
+CHECKS: Any = list(HealthCheck)
+EXAMPLES = settings(max_examples=60, phases=PHASES, suppress_health_check=CHECKS)
+FEWER = settings(max_examples=30, phases=PHASES, suppress_health_check=CHECKS)
 
 
 def run(model: nn.Module, plan: Plan, masks: dict[str, Tensor], *, seed: int = 0, batch: int = 2) -> Any:
     """One training step."""
-    return step(model, masks, *spaces.inputs(plan, seed=seed, batch=batch), seed=seed)
+    return step(model, masks, *inputs(plan, seed=seed, batch=batch), seed=seed)
 
 
 def attempt(model: nn.Module, plan: Plan, masks: dict[str, Tensor], **options: Any) -> dict[str, Any] | None:
@@ -51,8 +55,8 @@ plans_and_architectures = spaces.plans().flatmap(
 
 
 def both(plan: Plan, *, example: bool) -> tuple[nn.Module, Decided, nascompile.CompiledModel, Decided]:
-    eager, model = spaces.build(plan), spaces.build(plan)
-    args, kwargs = spaces.inputs(plan)
+    eager, model = build(plan), build(plan)
+    args, kwargs = inputs(plan)
     compiled = nascompile.compile(model, args if example and not kwargs else None)
     return eager, Decided(eager), compiled, Decided(model)
 
@@ -68,11 +72,10 @@ def island_paths(plan: Plan) -> set[str]:
     if plan.root == "choice":
         return set()
     if plan.root == "sequential":
-        chain = [block for block in plan.blocks if not isinstance(block, Skip | Again)]
-        return {str(index) for index, block in enumerate(chain) if isinstance(block, Island)}
+        return {str(index) for index, block in enumerate(chain(plan)) if isinstance(block, Island)}
     return {
         f"blocks.{index}"
-        for index, (first, block) in enumerate(spaces.resolved(plan))
+        for index, (first, block) in enumerate(resolved(plan))
         if index == first and isinstance(block, Island)
     }
 
@@ -98,14 +101,14 @@ def test_compiled_equals_eager(drawn: tuple[Plan, list[dict[str, Any]]], example
                 for optimizer in optimizers:
                     optimizer.step()
     assert {island.path for island in compiled.islands} == island_paths(plan)
-    assert all(island.file == spaces.__file__ and island.line for island in compiled.islands)
+    assert all(island.file == space_models.__file__ and island.line for island in compiled.islands)
 
 
 @FEWER
 @given(plans_and_architectures)
 def test_decisions_are_data(drawn: tuple[Plan, list[dict[str, Any]]]) -> None:
     plan, architectures = drawn
-    model = spaces.build(plan)
+    model = build(plan)
     compiled = nascompile.compile(model)
     mutator = Decided(model)
     with pytest.MonkeyPatch.context() as patch:
@@ -145,7 +148,7 @@ plans_and_one = spaces.plans().flatmap(lambda plan: st.tuples(st.just(plan), spa
 
 def example(plan: Plan) -> tuple[Any, ...] | None:
     """Example inputs by position; None where the model wants keywords, and defaults have to be guessed."""
-    args, kwargs = spaces.inputs(plan)
+    args, kwargs = inputs(plan)
     return None if kwargs else args
 
 
@@ -153,7 +156,7 @@ def infer(model: nn.Module, plan: Plan, *, seed: int = 0, dtype: torch.dtype = t
     """The outputs for one batch, without gradients."""
     torch.manual_seed(seed)
     random.seed(seed)
-    args, kwargs = spaces.inputs(plan, seed=seed)
+    args, kwargs = inputs(plan, seed=seed)
     args, kwargs = replaced((args, kwargs), [leaf.detach().to(dtype) for leaf in tensors((args, kwargs))])
     with torch.no_grad():
         return model(*args, **kwargs)
@@ -167,7 +170,7 @@ def state(model: nn.Module) -> tuple[dict[str, Tensor], list[bool]]:
 @given(plans_and_one)
 def test_pruned_equals_the_supernet(drawn: tuple[Plan, dict[str, Any]]) -> None:
     plan, architecture = drawn
-    supernet = spaces.build(plan)
+    supernet = build(plan)
     # statistics that differ from their initial values
     for name, buffer in supernet.named_buffers():
         if name.endswith("running_var"):
@@ -181,7 +184,7 @@ def test_pruned_equals_the_supernet(drawn: tuple[Plan, dict[str, Any]]) -> None:
     # in training, what the lean network leaves out no longer draws random numbers
     for mode in (False,) if draws(plan) else (False, True):
         assert_same(infer(lean.train(mode), plan), infer(supernet.train(mode), plan), exact=not mode)
-    by_hand = spaces.handwritten(plan, architecture)
+    by_hand = handwritten(plan, architecture)
     assert sum(p.numel() for p in lean.parameters()) == sum(p.numel() for p in by_hand.parameters())
     assert set(lean.meta["nascompile"]["islands"]) == island_paths(plan)
 
@@ -192,7 +195,7 @@ def test_compiled_models_travel(drawn: tuple[Plan, dict[str, Any]]) -> None:
     """Checkpoints in both directions, deepcopy and pickle, of a model that has been called."""
     plan, architecture = drawn
     eager, oracle, compiled, mutator = both(plan, example=False)
-    other = nascompile.compile(spaces.build(plan, seed=1))
+    other = nascompile.compile(build(plan, seed=1))
     other.load_state_dict(eager.state_dict())
     assert_same(dict(other.state_dict()), dict(eager.state_dict()), exact=True)
     oracle.decide(decision(architecture))
@@ -246,7 +249,7 @@ plans_and_several = spaces.plans(islands=False).flatmap(
 def test_lean_networks_side_by_side(drawn: tuple[Plan, list[dict[str, Any]]]) -> None:
     """Several architectures of one supernet share nothing and use every parameter; weights kept or fresh."""
     plan, architectures = drawn
-    supernet = spaces.build(plan)
+    supernet = build(plan)
     leans = [nascompile.prune(supernet, architecture, example(plan)) for architecture in architectures]
     owners = [supernet, *leans]
     ids = [{id(tensor) for tensor in (*model.parameters(), *model.buffers())} for model in owners]
