@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,3 +117,11 @@ def process_environment() -> dict[str, str]:
 def command(*args: str | Path) -> Sequence[str]:
     """A command line for a process of its own."""
     return [sys.executable, "-m", "nascompile", *map(str, args)]
+
+
+@pytest.fixture(autouse=True)
+def heeds_interrupts() -> Iterator[None]:
+    """A shell starts background jobs, such as a whole test run, with Ctrl-C ignored; children inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
