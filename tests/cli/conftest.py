@@ -121,7 +121,7 @@ def command(*args: str | Path) -> Sequence[str]:
 
 @pytest.fixture(autouse=True)
 def heeds_interrupts() -> Iterator[None]:
-    """A shell starts background jobs, such as a whole test run, with Ctrl-C ignored, and children inherit it."""
+    """A shell starts background jobs with Ctrl-C ignored; children inherit it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
