@@ -49,9 +49,8 @@ def resolve(
     """A mask for every key of the model.
 
     A value may be a candidate's name or index, a list of either, a full-length list of booleans (multi-hot)
-    or of
-    floats (weights). Everything is checked before anything is returned; ArchitectureError lists all that is
-    wrong.
+    or of floats (weights). Everything is checked before anything is returned; ArchitectureError lists all
+    that is wrong.
     """
     raw = load_architecture(architecture)
     space = choices(model)
@@ -135,8 +134,7 @@ class FixedArchitecture(Mutator):
     """A mutator that always decides for one architecture (a JSON path or a mapping).
 
     With `strict=False`, keys that the model does not have are ignored. Raises ArchitectureError before
-    anything is
-    bound when the architecture does not fit.
+    anything is bound when the architecture does not fit.
     """
 
     def __init__(

@@ -82,8 +82,7 @@ class Candidate:
     prefixes.
 
     `body(candidate, value)` computes the rest from the prefix's value. `read` and `looked_into` are the
-    attributes and
-    modules that the reading took for granted, by path inside the candidate.
+    attributes and modules that the reading took for granted, by path inside the candidate.
     """
 
     prefix: tuple[fx.Node, ...]

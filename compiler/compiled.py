@@ -29,9 +29,9 @@ def compile(
 
     example_inputs: a tensor, or a tuple of the arguments of `forward`; without it tracing waits for the first
     call.
-    require: "traced" raises TraceError unless the whole model was traced, "fused" also unless every weighted
-    choice
-    is fused. skip: names of passes to leave out. What runs as written, and why, is in `islands` and `notes`.
+    require: "traced" raises TraceError unless the whole model was traced, "fused" also unless every
+    weighted choice is fused. skip: names of passes to leave out. What runs as written, and why, is in
+    `islands` and `notes`.
     """
     if require is not None and require not in REQUIREMENTS:
         raise TraceError(f"require is {require!r}, expected None or one of: {', '.join(REQUIREMENTS)}")
@@ -50,8 +50,7 @@ class CompiledModel(nn.Module):
     model.
 
     The mutator bound to the model decides, in every call anew; nothing is traced again when a decision
-    changes. A call
-    with other Python arguments, another mode or changed attributes is traced on first sight.
+    changes. A call with other Python arguments, another mode or changed attributes is traced on first sight.
     """
 
     def __init__(self, model: nn.Module, *, skip: Sequence[str] = ()) -> None:
@@ -187,8 +186,7 @@ class CompiledModel(nn.Module):
         """Whether the graph is the program for the current decision.
 
         It was traced with choices that have an output: where the decision chooses nothing, the program may
-        take
-        another way (`if x is not None`), so that it has to run as written.
+        take another way (`if x is not None`), so that it has to run as written.
         """
         if entry.function is None or (entry.has_scopes and listens_to_scopes(scope_mutator(self._eager))):
             return False

@@ -32,8 +32,7 @@ def read_mask(mask: Any, length: int, key: str) -> Selection:
     """Read a mask of any dtype, given as a tensor, an array or a sequence.
 
     Booleans and integers select; floating point numbers weigh, and an exact zero leaves the candidate out.
-    Raises
-    SpaceError when the length differs from `length`.
+    Raises SpaceError when the length differs from `length`.
     """
     tensor = mask if isinstance(mask, Tensor) else _as_tensor(mask, key)
     if tensor.dim() != 1 or tensor.numel() != length:
@@ -65,10 +64,9 @@ def reduce_outputs(outputs: Sequence[Any], reduction: str, key: str, names: Sequ
     """Combine the outputs of the chosen candidates as NNI 1.x does.
 
     "none" gives the list; otherwise nothing chosen gives None, one output is returned as it is, and several
-    are
-    summed, averaged (over the number chosen), or concatenated along dimension 1. Missing (None) outputs of
-    chosen
-    candidates are left out. Raises SpaceError naming two candidates whose shapes do not go together.
+    are summed, averaged (over the number chosen), or concatenated along dimension 1. Missing (None) outputs
+    of chosen candidates are left out. Raises SpaceError naming two candidates whose shapes do not go
+    together.
     """
     if reduction == "none":
         return list(outputs)

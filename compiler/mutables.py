@@ -39,9 +39,8 @@ class Mutable(nn.Module):
     """A module whose behaviour is decided by a mutator.
 
     `key` identifies the decision: mutables with equal keys share one. Without a key, one is given per model
-    when the
-    search space is read (`LayerChoice1`, `InputChoice2`, ... in registration order); until then `key` is a
-    placeholder that `choose_from` of another choice may refer to.
+    when the search space is read (`LayerChoice1`, `InputChoice2`, ... in registration order); until then
+    `key` is a placeholder that `choose_from` of another choice may refer to.
     """
 
     def __init__(self, key: str | None = None) -> None:
@@ -134,10 +133,9 @@ class LayerChoice(Mutable):
     """One of several candidate layers (or a weighted sum of them), called with the same arguments.
 
     `op_candidates` is a list of modules (named "0", "1", ...) or an OrderedDict of named ones. `reduction`
-    combines
-    several chosen outputs: "sum", "mean", "concat" (dimension 1) or "none" (a list). With `return_mask` the
-    call
-    returns `(output, mask)`. Raises TypeError and ValueError for unusable candidates and reductions.
+    combines several chosen outputs: "sum", "mean", "concat" (dimension 1) or "none" (a list). With
+    `return_mask` the call returns `(output, mask)`. Raises TypeError and ValueError for unusable candidates
+    and reductions.
     """
 
     _RESERVED: ClassVar[frozenset[str]] = frozenset(
@@ -222,11 +220,9 @@ class InputChoice(Mutable):
     """Some of several inputs, reduced to one.
 
     Give `n_candidates`, or `choose_from`: the keys of the earlier mutables that the inputs come from
-    (`NO_KEY` where
-    there is none). `n_chosen` is how many to choose, None for any number. Called with a list of inputs, or a
-    dict by
-    the keys of `choose_from`; the output is None when nothing is chosen. Raises ValueError for inconsistent
-    counts.
+    (`NO_KEY` where there is none). `n_chosen` is how many to choose, None for any number. Called with a list
+    of inputs, or a dict by the keys of `choose_from`; the output is None when nothing is chosen. Raises
+    ValueError for inconsistent counts.
     """
 
     NO_KEY = ""

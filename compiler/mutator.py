@@ -22,8 +22,7 @@ class BaseMutator(nn.Module):
     """Bound to the mutables of one model; subclasses say what a choice does when it is called.
 
     Raises RuntimeError when the model is already bound, and SpaceError when the search space is inconsistent;
-    in both
-    cases nothing is bound.
+    in both cases nothing is bound.
     """
 
     def __init__(self, model: nn.Module) -> None:

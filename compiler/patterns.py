@@ -20,9 +20,8 @@ class Pattern:
     """A rewrite of the weighted combination of a choice.
 
     `before` and `after` take the outputs of the candidates that take part, their weights (one each) and the
-    reduction, and
-    compute the same. `why_not` says why a choice does not match; `why_not_tensors` why particular outputs do
-    not.
+    reduction, and compute the same. `why_not` says why a choice does not match; `why_not_tensors` why
+    particular outputs do not.
     """
 
     name: str

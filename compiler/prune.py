@@ -49,12 +49,10 @@ def prune(
 
     example_inputs: a tensor or a tuple of the arguments of `forward`; needed where arguments are lists, dicts
     or None.
-    weights: "inherit" copies the model's, "fresh" initialises anew with each module's `reset_parameters`.
-    Parameters are
-    named as in the model after `apply_fixed_architecture`. Where train and eval mode take different ways, the
-    graph
-    follows `train()` and `eval()`. What could not be traced stays a module of its own, listed in
-    `lean.meta["nascompile"]["islands"]`.
+    weights: "inherit" copies the model's, "fresh" initialises anew with each module's
+    `reset_parameters`. Parameters are named as in the model after `apply_fixed_architecture`. Where train and
+    eval mode take different ways, the graph follows `train()` and `eval()`. What could not be traced stays a
+    module of its own, listed in `lean.meta["nascompile"]["islands"]`.
 
     Raises ArchitectureError when the architecture does not fit, NascompileError for weights that cannot be
     made fresh.

@@ -63,8 +63,7 @@ def read_space(model: nn.Module) -> StructuredMutableTreeNode:
     """The tree of all mutables of `model` in registration order, with their names and keys set.
 
     Raises SpaceError when mutables that share a key differ in their number of candidates, or `choose_from`
-    names a
-    key that does not come earlier.
+    names a key that does not come earlier.
     """
     root = StructuredMutableTreeNode(None)
     paths: dict[int, StructuredMutableTreeNode] = {}

@@ -2,9 +2,8 @@
 it.
 
 The tracer refuses rather than guesses: anything that would make the recorded graph differ from the program (a
-branch on
-data, a changed attribute, random numbers drawn in Python, a gradient mode) turns the module it happens in
-into an island.
+branch on data, a changed attribute, random numbers drawn in Python, a gradient mode) turns the module it
+happens in into an island.
 """
 
 from __future__ import annotations
@@ -115,10 +114,8 @@ class ModelTracer(fx.Tracer):
     """Traces one module of a model (by default all of it), with node targets relative to the model.
 
     With `inline_choices` the bound (or forced) mutator decides at trace time and choices leave no trace;
-    otherwise
-    each choice stays one node. Afterwards `islands`, `notes` (why a module is left whole) and `guards` (what
-    the trace
-    took for granted) say what was found.
+    otherwise each choice stays one node. Afterwards `islands`, `notes` (why a module is left whole) and
+    `guards` (what the trace took for granted) say what was found.
     """
 
     def __init__(self, model: nn.Module, *, inline_choices: bool = False) -> None:

@@ -42,8 +42,7 @@ def difference(
     """What distinguishes the compiled model's output from the model's on one call, or None.
 
     Buffers and random states are as before afterwards. A model that itself cannot run with all candidates is
-    compared
-    with the first candidate of every choice, and not at all if that fails as well.
+    compared with the first candidate of every choice, and not at all if that fails as well.
     """
     if not _has_values(args, kwargs):
         return None

@@ -12,8 +12,7 @@ def drop_dead(gm: fx.GraphModule) -> int:
     """Erase all nodes that the output does not need, and those that change only values it does not need.
 
     Legal for a network that is trained afresh: what is removed has no influence on any output. In-place
-    operations on
-    a value that is needed, also through a view of it, are kept.
+    operations on a value that is needed, also through a view of it, are kept.
     """
     live = _live(gm)
     dead = [node for node in gm.graph.nodes if node not in live and node.op != "placeholder"]

@@ -14,8 +14,7 @@ def drop_unused(gm: fx.GraphModule) -> int:
     """Erase attribute reads, item reads and shape questions without users, last first.
 
     Legal because these compute nothing and change nothing. Everything else stays even when its result is
-    unused: in
-    the user's program it moves running statistics and the random state.
+    unused: in the user's program it moves running statistics and the random state.
     """
     dropped = 0
     for node in reversed(list(gm.graph.nodes)):

@@ -29,8 +29,8 @@ def functionalize_in_place(gm: fx.GraphModule) -> int:
     later.
 
     Legal because then the old value cannot be seen again. Inputs, parameters and buffers are visible outside
-    and stay
-    in place. It repairs programs such as `x = relu(choice(x)); x += skip`, which eager autograd refuses.
+    and stay in place. It repairs programs such as `x = relu(choice(x)); x += skip`, which eager autograd
+    refuses.
     """
     order = {node: position for position, node in enumerate(gm.graph.nodes)}
     rewritten = 0

@@ -14,9 +14,8 @@ def lower_choices(gm: fx.GraphModule) -> int:
     """Replace every call of a choice by a call of its lowered form.
 
     Legal because the lowered form asks the same mutator for the same decision, and hands the call over to a
-    mutator
-    that has its own way of carrying a choice out. What it takes for granted (names, reduction, no hooks)
-    becomes a guard.
+    mutator that has its own way of carrying a choice out. What it takes for granted (names, reduction, no
+    hooks) becomes a guard.
     """
     guards: Guards = gm.meta["guards"]
     rewritten = 0
