@@ -243,10 +243,9 @@ def _dtype(value: Any) -> torch.dtype | None:
     return None if first is None else first.dtype
 
 
-def count_parameters(*modules: nn.Module | None) -> int:
-    """Scalars in the parameters of the modules, each parameter counted once."""
-    unique = {id(p): p.numel() for module in modules if module is not None for p in module.parameters()}
-    return sum(unique.values())
+def count_parameters(module: nn.Module | None) -> int:
+    """Scalars in the parameters of a module, each parameter counted once, however often it is registered."""
+    return 0 if module is None else sum(parameter.numel() for parameter in module.parameters())
 
 
 def shapes_of(value: Any) -> Shape:

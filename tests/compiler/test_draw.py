@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +148,16 @@ def test_cells_that_an_architecture_decides_differently_are_shown_apart():
     ]  # fmt: skip
 
 
+def test_cells_with_other_candidates_are_shown_apart():
+    model = Cells()
+    for index, cell in enumerate(model.cells):
+        for edge in cell.edges:  # type: ignore[union-attr]
+            edge._key = f"{index}.{edge.key}"
+    model.cells[4].edges[0] = LayerChoice([nn.Identity(), nn.ReLU()], key="other")  # type: ignore[index]
+    titles = [panel.title for panel in drawn(model).panels[1:]]
+    assert titles == ["cells.1, and the same in cells.0, cells.2-3, cells.5-7", "cells.4"]
+
+
 def overlaps(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
     (ax, ay, aw, ah), (bx, by, bw, bh) = a, b
     return abs(ax - bx) < (aw + bw) / 2 - 1e-9 and abs(ay - by) < (ah + bh) / 2 - 1e-9
@@ -169,7 +179,10 @@ def test_boxes_do_not_overlap_and_links_point_one_way(downwards: bool):
     for source, target in edges:
         (x0, y0), (x1, y1) = placement.centres[source], placement.centres[target]
         assert (y1 < y0) if downwards else (x1 > x0)
-    # a long link keeps clear of the boxes it passes
+    # a long link runs straight through the layers it passes, clear of their boxes
+    assert len(placement.routes["a", "f"]) == 4 + 2 * 2
+    for (x0, y0), (x1, y1) in list(pairwise(placement.routes["a", "f"]))[2:-1:2]:
+        assert (x0 == x1) if downwards else (y0 == y1)
     for edge in edges:
         for x, y in placement.routes[edge][1:-1]:
             passed = [box for name, box in zip(sizes, boxes, strict=True) if name not in edge]

@@ -109,6 +109,17 @@ def test_what_cannot_be_scripted_is_traced(tmp_path: Path):
     assert torch.equal(loaded(torch.ones(3, 4)), net(torch.ones(3, 4)))
 
 
+class Untyped(nn.Module):
+    def forward(self, pair):
+        return pair[0] + 2 * pair[1]
+
+
+def test_what_is_scripted_for_tensors_but_called_with_lists_is_traced(tmp_path: Path):
+    pair = [torch.ones(2, 4), torch.ones(2, 4)]
+    loaded = torch.jit.load(export(Untyped(), tmp_path / "net.ts", (pair,)))
+    assert torch.equal(loaded([torch.ones(3, 4), torch.ones(3, 4)]), 3 * torch.ones(3, 4))
+
+
 class Baked(nn.Module):
     """Remembers the batch size of the first call: exactly what a trace does."""
 

@@ -206,3 +206,17 @@ def test_return_mask_and_sparse_values():
             return self.b(torch.sparse.mm(y.to_sparse(), torch.eye(4)))
 
     assert edges(Odd()) == {(INPUT, "a"), ("a", "b"), ("b", OUTPUT)}
+
+
+def test_operators_that_write_to_their_arguments_and_return_nothing():
+    class Each(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = choice(), choice()
+
+        def forward(self, x: Tensor) -> Tensor:
+            total = torch.zeros(2, 4)
+            torch.ops.aten._foreach_add_([total], [self.a(x)])
+            return self.b(total)
+
+    assert edges(Each()) == {(INPUT, "a"), ("a", "b"), ("b", OUTPUT)}

@@ -103,9 +103,9 @@ def test_flops_of_layers_equal_the_formula(module: nn.Module, inputs: Tensor, fl
 
 def test_matrix_vector_products_are_counted():
     with flop_counter() as counter:
-        torch.ones(3, 4) @ torch.ones(4)
+        _ = torch.ones(3, 4) @ torch.ones(4)
         torch.addmv(torch.ones(3), torch.ones(3, 4), torch.ones(4))
-        torch.ones(4) @ torch.ones(4)
+        _ = torch.ones(4) @ torch.ones(4)
     assert counter.get_total_flops() == 2 * 12 + 2 * 12 + 2 * 4
 
 
