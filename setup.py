@@ -24,6 +24,7 @@ PACKAGES = {
     "nascompile.compiler": "compiler",
     "nascompile.compiler.passes": "compiler/passes",
     "nascompile.kernels": "kernels",
+    "nascompile.kernels.plan": "kernels/plan",
     "nascompile.runtime": "runtime",
     "nascompile.spaces": "spaces",
 }

@@ -55,5 +55,9 @@ PYBIND11_MODULE(_C, m) {
       [] { return std::string(nascompile::isa_name(nascompile::selected_isa())); },
       "The one in use: the best this processor has.");
   m.def("select_instruction_set", &select_by_name, "Use another one, to test it; ValueError where that is not possible.");
+  m.def(
+      "lane",
+      [] { return nascompile::isa_lane(nascompile::selected_isa()); },
+      "What the plan kernels in use want channels padded to.");
   m.def("cuda_compiled", &cuda_compiled, "Whether the CUDA kernels are in this build.");
 }

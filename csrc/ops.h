@@ -26,4 +26,11 @@ std::tuple<std::vector<Tensor>, Tensor> mixed_sum_backward_cuda(
     const std::vector<bool>& needs_input,
     bool needs_weights);
 
+void run_plan_cpu(
+    const Tensor& program,
+    const Tensor& slab,
+    const Tensor& work,
+    const Tensor& flags,
+    const std::vector<Tensor>& tensors);
+
 }  // namespace nascompile

@@ -9,5 +9,8 @@ def selected_instruction_set() -> str:
 def select_instruction_set(name: str) -> None:
     """Use another one, to test it; ValueError where it is not built in or this processor does not have it."""
 
+def lane() -> int:
+    """What the plan kernels in use want channels padded to: 16 for AVX512, else 8."""
+
 def cuda_compiled() -> bool:
     """Whether the CUDA kernels are in this build."""

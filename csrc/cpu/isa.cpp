@@ -46,4 +46,8 @@ const char* isa_name(Isa isa) {
   return "DEFAULT";
 }
 
+int isa_lane(Isa isa) {
+  return isa == Isa::avx512 ? 16 : 8;
+}
+
 }  // namespace nascompile

@@ -1,0 +1,190 @@
+// What the map kernels of a plan share: a line of channels in registers, and the order in which maps are gone over.
+// Included once per instruction set.
+#pragma once
+
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "../plan.h"
+
+// distinct in every object file: two instruction sets must never share one compiled function
+namespace nascompile::CPU_CAPABILITY {
+namespace {
+
+using Vec = at::vec::Vectorized<float>;
+
+constexpr int64_t kLine = 16;          // floats in a cache line: the channels that are gone over at once
+constexpr int64_t kTileFloats = 2048;  // of one map, so that a few maps' tiles stay in the first-level cache
+constexpr int64_t kSumPixels = 256;    // that fp32 sums go over before they are added in fp64
+
+// N channels of one pixel.
+template <int N>
+struct Channels {
+  static constexpr int kCount = N / Vec::size();
+  Vec part[kCount];
+
+  Channels() : Channels(0.0f) {}
+  explicit Channels(float value) {
+    for (int i = 0; i < kCount; ++i) {
+      part[i] = Vec(value);
+    }
+  }
+  explicit Channels(const float* from) {
+    for (int i = 0; i < kCount; ++i) {
+      part[i] = Vec::loadu(from + i * Vec::size());
+    }
+  }
+  // of a per-channel vector that may be absent
+  Channels(const float* vector, int64_t channel, float otherwise)
+      : Channels(vector == nullptr ? Channels(otherwise) : Channels(vector + channel)) {}
+
+  void store(float* to) const {
+    for (int i = 0; i < kCount; ++i) {
+      part[i].store(to + i * Vec::size());
+    }
+  }
+  template <typename Function, typename... Others>
+  friend Channels each(const Function& function, const Channels& first, const Others&... others) {
+    Channels result;
+    for (int i = 0; i < kCount; ++i) {
+      result.part[i] = function(first.part[i], others.part[i]...);
+    }
+    return result;
+  }
+};
+
+template <int N>
+Channels<N> add(const Channels<N>& a, const Channels<N>& b) {
+  return each([](const Vec& x, const Vec& y) { return x + y; }, a, b);
+}
+
+template <int N>
+Channels<N> multiply(const Channels<N>& a, const Channels<N>& b) {
+  return each([](const Vec& x, const Vec& y) { return x * y; }, a, b);
+}
+
+// a * b + c
+template <int N>
+Channels<N> multiply_add(const Channels<N>& a, const Channels<N>& b, const Channels<N>& c) {
+  return each([](const Vec& x, const Vec& y, const Vec& z) { return at::vec::fmadd(x, y, z); }, a, b, c);
+}
+
+// nan stays nan, as in torch
+template <int64_t A, int N>
+Channels<N> activate(const Channels<N>& value) {
+  return each(
+      [](const Vec& x) {
+        if constexpr (A == plan::kRelu) {
+          return at::vec::clamp_min(x, Vec(0.0f));
+        } else if constexpr (A == plan::kRelu6) {
+          return at::vec::clamp(x, Vec(0.0f), Vec(6.0f));
+        } else {
+          return x;
+        }
+      },
+      value);
+}
+
+// gradient where the activation's derivative at `value` is one; at nan as in torch: relu passes it on, relu6 does not
+template <int64_t A, int N>
+Channels<N> mask(const Channels<N>& gradient, const Channels<N>& value) {
+  return each(
+      [](const Vec& g, const Vec& x) {
+        if constexpr (A == plan::kRelu) {
+          return Vec::blendv(g, Vec(0.0f), x <= Vec(0.0f));
+        } else if constexpr (A == plan::kRelu6) {
+          return ((x > Vec(0.0f)) & (x < Vec(6.0f))) & g;
+        } else {
+          return g;
+        }
+      },
+      gradient,
+      value);
+}
+
+template <int N>
+void add_to(double* sums, const Channels<N>& values) {
+  float lanes[N];
+  values.store(lanes);
+  for (int i = 0; i < N; ++i) {
+    sums[i] += lanes[i];
+  }
+}
+
+// visit(channel, N) for every N = 16 channels, then for the last 8 of them
+template <typename Visit>
+void for_channels(int64_t begin, int64_t end, const Visit& visit) {
+  int64_t channel = begin;
+  for (; channel + kLine <= end; channel += kLine) {
+    visit(channel, std::integral_constant<int, kLine>{});
+  }
+  if constexpr (Vec::size() < kLine) {
+    if (channel < end) {
+      visit(channel, std::integral_constant<int, kLine / 2>{});
+    }
+  }
+}
+
+template <typename Visit>
+void switch_activation(int64_t activation, const Visit& visit) {
+  switch (activation) {
+    case plan::kRelu:
+      return visit(std::integral_constant<int64_t, plan::kRelu>{});
+    case plan::kRelu6:
+      return visit(std::integral_constant<int64_t, plan::kRelu6>{});
+    default:
+      return visit(std::integral_constant<int64_t, plan::kIdentity>{});
+  }
+}
+
+// A part of an image: rows [y, y + rows), pixels [x, x + width) of each, channels [begin, end).
+struct Tile {
+  int64_t y, x, rows, width, begin, end;
+};
+
+// Whether a map's rows follow one another like the pixels of one long row.
+inline bool is_flat(const plan::Map& map) {
+  return map.row == map.width * map.pixel || map.height == 1;
+}
+
+// visit(tile) for tiles of at most kTileFloats of a map; `flat` where all maps gone over are.
+template <typename Visit>
+void for_tiles(const plan::Map& map, bool flat, const Visit& visit) {
+  const int64_t height = flat ? 1 : map.height;
+  const int64_t width = flat ? map.height * map.width : map.width;
+  for (int64_t begin = 0; begin < map.channels; begin += kTileFloats / 2) {
+    const int64_t end = std::min(begin + kTileFloats / 2, map.channels);
+    const int64_t pixels = std::min(std::max<int64_t>(kTileFloats / (end - begin), 1), kSumPixels);
+    const int64_t columns = std::min(pixels, width);
+    const int64_t rows = std::max<int64_t>(pixels / width, 1);
+    for (int64_t y = 0; y < height; y += rows) {
+      for (int64_t x = 0; x < width; x += columns) {
+        visit(Tile{y, x, std::min(rows, height - y), std::min(columns, width - x), begin, end});
+      }
+    }
+  }
+}
+
+// Where a map, or a buffer that is gone over with maps, lies for one image.
+struct View {
+  float* data;
+  int64_t row, pixel;
+
+  View() = default;
+  View(float* data, int64_t row, int64_t pixel) : data(data), row(row), pixel(pixel) {}
+  View(const plan::Map& map, const plan::Image& image) : View(image.at(map), map.row, map.pixel) {}
+  float* at(const Tile& tile) const {
+    return data + tile.y * row + tile.x * pixel;
+  }
+};
+
+inline const float* vector(int64_t offset, const plan::Image& image) {
+  return offset < 0 ? nullptr : image.slab + offset;
+}
+
+}  // namespace
+}  // namespace nascompile::CPU_CAPABILITY

@@ -1,0 +1,457 @@
+// The steps of a plan that go over whole maps, channel by channel: copies in and out, activations, sums.
+// kernels/plan/steps.py has the formulas. Compiled once per instruction set.
+#include <cstring>
+
+#include "isa.h"
+#include "plan_lanes.h"
+
+namespace nascompile::CPU_CAPABILITY {
+namespace {
+
+constexpr int kGroup = 4;    // maps that are read at once: their coefficients stay in registers
+constexpr int kTerms = 128;  // terms whose places are looked up at once
+
+// ---- sums of maps
+
+struct Source {
+  View view;
+  const float* coefficient;
+};
+
+// The next terms whose flags hold, from `next` on; their number.
+int read_terms(const plan::List<plan::Term>& terms, const plan::Image& image, int64_t& next, Source* sources) {
+  int count = 0;
+  for (; next < terms.count && count < kTerms; ++next) {
+    const plan::Term& term = terms.in(image.program)[next];
+    if (image.holds(term.flag)) {
+      sources[count++] = {View(term.map, image), vector(term.coefficient, image)};
+    }
+  }
+  return count;
+}
+
+bool all_flat(const plan::List<plan::Term>& terms, const plan::Image& image) {
+  const plan::Term* items = terms.in(image.program);
+  return std::all_of(items, items + terms.count, [](const plan::Term& term) { return is_flat(term.map); });
+}
+
+// to = from + sum of K coefficient * map, for the channels [channel, channel + N) of a tile's pixels
+template <int N, int K>
+void add_maps(const Source* sources, const Tile& tile, int64_t channel, const View& from, const View& to) {
+  Channels<N> coefficients[K + 1];
+  const float* maps[K + 1];
+  for (int k = 0; k < K; ++k) {
+    coefficients[k] = Channels<N>(sources[k].coefficient, channel, 1.0f);
+  }
+  for (int64_t y = 0; y < tile.rows; ++y) {
+    for (int k = 0; k < K; ++k) {
+      maps[k] = sources[k].view.at(tile) + y * sources[k].view.row + channel;
+    }
+    const float* in = from.data + y * from.row;
+    float* out = to.data + y * to.row;
+    for (int64_t x = 0; x < tile.width; ++x) {
+      Channels<N> sum(in);
+#pragma GCC unroll 4
+      for (int k = 0; k < K; ++k) {
+        sum = multiply_add(coefficients[k], Channels<N>(maps[k]), sum);
+        maps[k] += sources[k].view.pixel;
+      }
+      sum.store(out);
+      in += from.pixel;
+      out += to.pixel;
+    }
+  }
+}
+
+template <int N>
+void add_group(
+    const Source* sources, int count, const Tile& tile, int64_t channel, const View& from, const View& to) {
+  switch (count) {
+    case 0:
+      return add_maps<N, 0>(sources, tile, channel, from, to);
+    case 1:
+      return add_maps<N, 1>(sources, tile, channel, from, to);
+    case 2:
+      return add_maps<N, 2>(sources, tile, channel, from, to);
+    case 3:
+      return add_maps<N, 3>(sources, tile, channel, from, to);
+    default:
+      return add_maps<N, kGroup>(sources, tile, channel, from, to);
+  }
+}
+
+// target (+)= activation(sum), with moments
+template <int N, int64_t A>
+void finish(const plan::Combine& step, const Tile& tile, int64_t channel, const View& sum, const View& target, double* moments) {
+  Channels<N> total;
+  Channels<N> squares;
+  for (int64_t y = 0; y < tile.rows; ++y) {
+    const float* in = sum.data + y * sum.row;
+    float* out = target.data + y * target.row;
+    for (int64_t x = 0; x < tile.width; ++x) {
+      Channels<N> value = activate<A>(Channels<N>(in));
+      if (step.adds) {
+        value = add(value, Channels<N>(out));
+      }
+      value.store(out);
+      if (moments != nullptr) {
+        total = add(total, value);
+        squares = multiply_add(value, value, squares);
+      }
+      in += sum.pixel;
+      out += target.pixel;
+    }
+  }
+  if (moments != nullptr) {
+    add_to(moments + channel, total);
+    add_to(moments + step.target.channels + channel, squares);
+  }
+}
+
+// ---- sums over pixels
+
+// sums[k] += sum over a tile's pixels of gradient * map, for K maps; `total` += sum of the gradient where it is there
+template <int N, int K>
+void reduce_maps(
+    const Source* sources, double* const* sums, double* total, const Tile& tile, int64_t channel, const View& gradient) {
+  Channels<N> products[K + 1];
+  const float* maps[K + 1];
+  Channels<N> plain;
+  for (int64_t y = 0; y < tile.rows; ++y) {
+    for (int k = 0; k < K; ++k) {
+      maps[k] = sources[k].view.at(tile) + y * sources[k].view.row + channel;
+    }
+    const float* in = gradient.at(tile) + y * gradient.row + channel;
+    for (int64_t x = 0; x < tile.width; ++x) {
+      const Channels<N> value(in);
+      plain = add(plain, value);
+#pragma GCC unroll 4
+      for (int k = 0; k < K; ++k) {
+        products[k] = multiply_add(value, Channels<N>(maps[k]), products[k]);
+        maps[k] += sources[k].view.pixel;
+      }
+      in += gradient.pixel;
+    }
+  }
+  for (int k = 0; k < K; ++k) {
+    add_to(sums[k] + channel, products[k]);
+  }
+  if (total != nullptr) {
+    add_to(total + channel, plain);
+  }
+}
+
+template <int N>
+void reduce_group(
+    const Source* sources,
+    int count,
+    double* const* sums,
+    double* total,
+    const Tile& tile,
+    int64_t channel,
+    const View& gradient) {
+  switch (count) {
+    case 0:
+      return reduce_maps<N, 0>(sources, sums, total, tile, channel, gradient);
+    case 1:
+      return reduce_maps<N, 1>(sources, sums, total, tile, channel, gradient);
+    case 2:
+      return reduce_maps<N, 2>(sources, sums, total, tile, channel, gradient);
+    case 3:
+      return reduce_maps<N, 3>(sources, sums, total, tile, channel, gradient);
+    default:
+      return reduce_maps<N, kGroup>(sources, sums, total, tile, channel, gradient);
+  }
+}
+
+// ---- torch tensors
+
+template <typename T>
+struct Strided {
+  T* data;  // the image's
+  int64_t channel, row, pixel;
+
+  template <typename Step>
+  Strided(const Step& step, const plan::Image& image)
+      : data(static_cast<T*>(image.tensors[step.tensor]) + image.number * step.stride_n),
+        channel(step.stride_c),
+        row(step.stride_h),
+        pixel(step.stride_w) {}
+};
+
+constexpr int64_t kBlockSide = 8;  // of the squares that are transposed
+
+// visit(segment, y, pixels in the row) for every row of the map and every segment; all rows as one where both allow it
+template <typename Step, typename Visit>
+void for_rows(const Step& step, const plan::Map& map, const plan::Image& image, const Visit& visit) {
+  const bool flat = is_flat(map) && (map.height == 1 || step.stride_h == map.width * step.stride_w);
+  const plan::Segment* segments = step.segments.in(image.program);
+  for (int64_t y = 0; y < (flat ? 1 : map.height); ++y) {
+    for (int64_t k = 0; k < step.segments.count; ++k) {
+      visit(segments[k], y, flat ? map.height * map.width : map.width);
+    }
+  }
+}
+
+// to[i * to_row + j] (+)= from[j * from_row + i] for i < rows, j < columns
+template <bool adds>
+void transpose(const float* from, int64_t from_row, float* to, int64_t to_row, int64_t rows, int64_t columns) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < columns; ++j) {
+      const float value = from[j * from_row + i];
+      to[i * to_row + j] = adds ? to[i * to_row + j] + value : value;
+    }
+  }
+}
+
+// The same, in squares: the vectors of one are transposed in registers.
+template <bool adds>
+void transpose_all(const float* from, int64_t from_row, float* to, int64_t to_row, int64_t rows, int64_t columns) {
+  for (int64_t j = 0; j < columns; j += kBlockSide) {
+    for (int64_t i = 0; i < rows; i += kBlockSide) {
+      const float* source = from + j * from_row + i;
+      float* target = to + i * to_row + j;
+      const int64_t height = std::min(kBlockSide, rows - i);
+      const int64_t width = std::min(kBlockSide, columns - j);
+#if defined(CPU_CAPABILITY_AVX2)
+      if (!adds && height == kBlockSide && width == kBlockSide) {
+        at::vec::transpose_mxn<float, kBlockSide, kBlockSide>(source, from_row, target, to_row);
+        continue;
+      }
+#endif
+      transpose<adds>(source, from_row, target, to_row, height, width);
+    }
+  }
+}
+
+template <bool adds>
+void load_rows(const plan::Load& step, const plan::Image& image) {
+  const Strided<const float> tensor(step, image);
+  const plan::Map& map = step.target;
+  for_rows(step, map, image, [&](const plan::Segment& segment, int64_t y, int64_t width) {
+    const float* from = tensor.data + y * tensor.row + segment.logical * tensor.channel;
+    float* to = image.at(map) + y * map.row + segment.padded;
+    if (tensor.pixel == 1 && tensor.channel != 1) {
+      return transpose_all<adds>(from, tensor.channel, to, map.pixel, width, segment.count);
+    }
+    for (int64_t x = 0; x < width; ++x, from += tensor.pixel, to += map.pixel) {
+      for (int64_t c = 0; c < segment.count; ++c) {
+        const float value = from[c * tensor.channel];
+        to[c] = adds ? to[c] + value : value;
+      }
+    }
+  });
+}
+
+}  // namespace
+
+void plan_load(const plan::Load& step, const plan::Image& image) {
+  if (step.adds) {
+    return load_rows<true>(step, image);
+  }
+  const plan::Map& map = step.target;
+  const plan::Segment* segments = step.segments.in(image.program);
+  int64_t covered = 0;
+  for (int64_t k = 0; k < step.segments.count; ++k) {
+    covered += segments[k].count;
+  }
+  if (covered < map.channels) {
+    for (int64_t y = 0; y < map.height; ++y) {
+      for (int64_t x = 0; x < map.width; ++x) {
+        std::fill_n(image.at(map) + y * map.row + x * map.pixel, map.channels, 0.0f);
+      }
+    }
+  }
+  load_rows<false>(step, image);
+}
+
+void plan_store(const plan::Store& step, const plan::Image& image) {
+  const Strided<float> tensor(step, image);
+  const plan::Map& map = step.source;
+  for_rows(step, map, image, [&](const plan::Segment& segment, int64_t y, int64_t width) {
+    const float* from = image.at(map) + y * map.row + segment.padded;
+    float* to = tensor.data + y * tensor.row + segment.logical * tensor.channel;
+    if (tensor.pixel == 1 && tensor.channel != 1) {
+      return transpose_all<false>(from, map.pixel, to, tensor.channel, segment.count, width);
+    }
+    for (int64_t x = 0; x < width; ++x, from += map.pixel, to += tensor.pixel) {
+      for (int64_t c = 0; c < segment.count; ++c) {
+        to[c * tensor.channel] = from[c];
+      }
+    }
+  });
+}
+
+void plan_stage(const plan::Stage& step, const plan::Image& image) {
+  const float* scale = vector(step.scale, image);
+  const float* shift = vector(step.shift, image);
+  const View source(step.source, image);
+  const View target(step.target, image);
+  const bool flat = is_flat(step.source) && is_flat(step.target);
+  switch_activation(step.activation, [&](auto activation) {
+    for_tiles(step.source, flat, [&](const Tile& tile) {
+      for_channels(tile.begin, tile.end, [&](int64_t channel, auto n) {
+        const Channels<n> factor(scale, channel, 1.0f);
+        const Channels<n> offset(shift, channel, 0.0f);
+        for (int64_t y = 0; y < tile.rows; ++y) {
+          const float* in = source.at(tile) + y * source.row + channel;
+          float* out = target.at(tile) + y * target.row + channel;
+          for (int64_t x = 0; x < tile.width; ++x) {
+            activate<activation>(multiply_add(factor, Channels<n>(in), offset)).store(out);
+            in += source.pixel;
+            out += target.pixel;
+          }
+        }
+      });
+    });
+  });
+}
+
+void plan_combine(const plan::Combine& step, const plan::Image& image) {
+  Source sources[kTerms];
+  alignas(64) float buffer[kTileFloats];
+  alignas(64) float first[kLine];
+  const float* constant = vector(step.constant, image);
+  const View target(step.target, image);
+  const bool flat = is_flat(step.target) && all_flat(step.terms, image);
+  const bool is_plain = step.activation == plan::kIdentity && !step.adds && step.moments < 0;
+  double* moments = step.moments < 0 ? nullptr : image.sums + step.moments;
+  int64_t next = 0;
+  int count = read_terms(step.terms, image, next, sources);
+  const bool fits = next == step.terms.count;
+  for_tiles(step.target, flat, [&](const Tile& tile) {
+    // partial sums lie channel line by channel line
+    const auto partial = [&](int64_t channel) {
+      const int64_t width = std::min(kLine, tile.end - channel);
+      return View(buffer + (channel - tile.begin) * tile.rows * tile.width, tile.width * width, width);
+    };
+    if (!fits) {
+      next = 0;
+      count = read_terms(step.terms, image, next, sources);
+    }
+    bool is_first = true;
+    bool is_last = false;
+    while (!is_last) {
+      for (int k = 0; k == 0 || k < count; k += kGroup) {
+        const int group = std::min(kGroup, count - k);
+        is_last = next == step.terms.count && k + kGroup >= count;
+        for_channels(tile.begin, tile.end, [&](int64_t channel, auto n) {
+          const View sum = partial(channel);
+          View from = sum;
+          if (is_first) {
+            Channels<n>(constant, channel, 0.0f).store(first);
+            from = View(first, 0, 0);
+          }
+          if (is_last && is_plain) {
+            return add_group<n>(
+                sources + k, group, tile, channel, from, View(target.at(tile) + channel, target.row, target.pixel));
+          }
+          add_group<n>(sources + k, group, tile, channel, from, sum);
+        });
+        is_first = false;
+      }
+      if (!is_last) {
+        count = read_terms(step.terms, image, next, sources);
+      }
+    }
+    if (is_plain) {
+      return;
+    }
+    switch_activation(step.activation, [&](auto activation) {
+      for_channels(tile.begin, tile.end, [&](int64_t channel, auto n) {
+        const View out(target.at(tile) + channel, target.row, target.pixel);
+        finish<n, activation>(step, tile, channel, partial(channel), out, moments);
+      });
+    });
+  });
+}
+
+void plan_reduce(const plan::Reduce& step, const plan::Image& image) {
+  Source sources[kGroup];
+  double* sums[kGroup];
+  const View gradient(step.gradient, image);
+  const plan::Term* terms = step.terms.in(image.program);
+  const bool flat = is_flat(step.gradient) && all_flat(step.terms, image);
+  for_tiles(step.gradient, flat, [&](const Tile& tile) {
+    double* total = step.total < 0 ? nullptr : image.sums + step.total;
+    int64_t next = 0;
+    while (next < step.terms.count || total != nullptr) {
+      int count = 0;
+      for (; next < step.terms.count && count < kGroup; ++next) {
+        if (image.holds(terms[next].flag)) {
+          sources[count] = {View(terms[next].map, image), nullptr};
+          sums[count++] = image.sums + terms[next].coefficient;
+        }
+      }
+      for_channels(tile.begin, tile.end, [&](int64_t channel, auto n) {
+        reduce_group<n>(sources, count, sums, total, tile, channel, gradient);
+      });
+      total = nullptr;
+    }
+  });
+}
+
+void plan_unstage(const plan::Unstage& step, const plan::Image& image) {
+  const float* scale = vector(step.scale, image);
+  const float* shift = vector(step.shift, image);
+  const View gradient(step.gradient, image);
+  const View source(step.source, image);
+  const View target(step.target, image);
+  const bool flat = is_flat(step.gradient) && is_flat(step.source) && is_flat(step.target);
+  double* moments = step.moments < 0 ? nullptr : image.sums + step.moments;
+  switch_activation(step.activation, [&](auto activation) {
+    for_tiles(step.source, flat, [&](const Tile& tile) {
+      for_channels(tile.begin, tile.end, [&](int64_t channel, auto n) {
+        const Channels<n> factor(scale, channel, 1.0f);
+        const Channels<n> offset(shift, channel, 0.0f);
+        Channels<n> total;
+        Channels<n> products;
+        for (int64_t y = 0; y < tile.rows; ++y) {
+          const float* in = gradient.at(tile) + y * gradient.row + channel;
+          const float* value = source.at(tile) + y * source.row + channel;
+          float* out = target.at(tile) + y * target.row + channel;
+          for (int64_t x = 0; x < tile.width; ++x) {
+            const Channels<n> read(value);
+            Channels<n> passed = mask<activation>(Channels<n>(in), multiply_add(factor, read, offset));
+            total = add(total, passed);
+            products = multiply_add(passed, read, products);
+            if (step.adds) {
+              passed = add(passed, Channels<n>(out));
+            }
+            passed.store(out);
+            in += gradient.pixel;
+            value += source.pixel;
+            out += target.pixel;
+          }
+        }
+        if (moments != nullptr) {
+          add_to(moments + channel, total);
+          add_to(moments + step.source.channels + channel, products);
+        }
+      });
+    });
+  });
+}
+
+void plan_mask(const plan::Mask& step, const plan::Image& image) {
+  const View gradient(step.gradient, image);
+  const View value(step.value, image);
+  const bool flat = is_flat(step.gradient) && is_flat(step.value);
+  switch_activation(step.activation, [&](auto activation) {
+    for_tiles(step.gradient, flat, [&](const Tile& tile) {
+      for_channels(tile.begin, tile.end, [&](int64_t channel, auto n) {
+        for (int64_t y = 0; y < tile.rows; ++y) {
+          const float* in = value.at(tile) + y * value.row + channel;
+          float* out = gradient.at(tile) + y * gradient.row + channel;
+          for (int64_t x = 0; x < tile.width; ++x) {
+            mask<activation>(Channels<n>(out), Channels<n>(in)).store(out);
+            in += value.pixel;
+            out += gradient.pixel;
+          }
+        }
+      });
+    });
+  });
+}
+
+}  // namespace nascompile::CPU_CAPABILITY

@@ -1,0 +1,344 @@
+// The operator run_plan: checks a program and its memory at the border, then carries it out phase by phase.
+#include "plan.h"
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include "cpu/isa.h"
+#include "ops.h"
+#include "plan_barriers.h"
+
+namespace nascompile {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+constexpr int64_t kHeaderWords = sizeof(plan::Header) / sizeof(int64_t);
+constexpr int64_t kBytes = plan::kAlignment * sizeof(float);
+
+void check_memory(const char* name, const Tensor& tensor, ScalarType type, const char* type_name) {
+  STD_TORCH_CHECK(
+      tensor.is_cpu() && tensor.scalar_type() == type && tensor.is_contiguous(),
+      "run_plan: ",
+      name,
+      " must be a contiguous ",
+      type_name,
+      " tensor on the CPU");
+}
+
+void check_aligned(const char* name, const Tensor& tensor) {
+  check_memory(name, tensor, ScalarType::Float, "fp32");
+  STD_TORCH_CHECK(
+      reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kBytes == 0,
+      "run_plan: ",
+      name,
+      " must begin at a multiple of 64 bytes");
+}
+
+const plan::Header& check_program(const Tensor& program) {
+  check_memory("program", program, ScalarType::Long, "int64");
+  STD_TORCH_CHECK(program.numel() >= kHeaderWords, "run_plan: program is too short to be one");
+  const auto& header = *static_cast<const plan::Header*>(program.const_data_ptr());
+  STD_TORCH_CHECK(
+      header.version == plan::kVersion,
+      "run_plan: program has version ",
+      header.version,
+      ", this build runs version ",
+      plan::kVersion);
+  const int64_t lane = isa_lane(selected_isa());
+  STD_TORCH_CHECK(
+      header.lane % lane == 0,
+      "run_plan: the program pads channels to a multiple of ",
+      header.lane,
+      ", the kernels in use need ",
+      lane);
+  STD_TORCH_CHECK(header.chunks >= 1, "run_plan: the program has ", header.chunks, " chunks, at least 1 is needed");
+  return header;
+}
+
+// What the steps and barrier operations of a program say about its tensors, held against the tensors.
+class TensorCheck {
+ public:
+  TensorCheck(const std::vector<Tensor>& tensors, const plan::Header& header) : tensors_(tensors), header_(header) {
+    for (size_t k = 0; k < tensors.size(); ++k) {
+      STD_TORCH_CHECK(tensors[k].is_cpu(), "run_plan: tensor ", k, " is not on the CPU");
+    }
+  }
+
+  // a parameter, buffer or gradient; the program may leave it out
+  void contiguous(int64_t number, ScalarType type = ScalarType::Float) const {
+    if (number < 0) {
+      return;
+    }
+    const Tensor& tensor = typed(number, type);
+    STD_TORCH_CHECK(tensor.is_contiguous(), "run_plan: tensor ", number, " is not contiguous");
+  }
+
+  // what Load or Store goes over: `step` has the strides of an (n, c, h, w) tensor
+  template <typename Step>
+  void strided(const Step& step, const plan::Map& map) const {
+    const Tensor& tensor = typed(step.tensor, ScalarType::Float);
+    if (tensor.dim() != 4) {
+      return;
+    }
+    const int64_t strides[] = {step.stride_n, step.stride_c, step.stride_h, step.stride_w};
+    const int64_t sizes[] = {header_.images, tensor.size(1), map.height, map.width};
+    for (int dim = 0; dim < 4; ++dim) {
+      STD_TORCH_CHECK(
+          tensor.size(dim) == sizes[dim] && (sizes[dim] <= 1 || tensor.stride(dim) == strides[dim]),
+          "run_plan: tensor ",
+          step.tensor,
+          " has size ",
+          tensor.size(dim),
+          " and stride ",
+          tensor.stride(dim),
+          " in dimension ",
+          dim,
+          ", the program expects ",
+          sizes[dim],
+          " and ",
+          strides[dim]);
+    }
+  }
+
+ private:
+  const Tensor& typed(int64_t number, ScalarType type) const {
+    STD_TORCH_CHECK(
+        number >= 0 && number < static_cast<int64_t>(tensors_.size()),
+        "run_plan: the program uses tensor ",
+        number,
+        ", there are ",
+        tensors_.size());
+    STD_TORCH_CHECK(
+        tensors_[number].scalar_type() == type,
+        "run_plan: tensor ",
+        number,
+        type == ScalarType::Long ? " must be int64" : " must be fp32");
+    return tensors_[number];
+  }
+
+  const std::vector<Tensor>& tensors_;
+  const plan::Header& header_;
+};
+
+void check_barrier(int64_t kind, const int64_t* fields, const TensorCheck& check) {
+  switch (kind) {
+    case plan::kPackDepthwise:
+      return check.contiguous(reinterpret_cast<const plan::PackDepthwise*>(fields)->tensor);
+    case plan::kPackDense:
+      return check.contiguous(reinterpret_cast<const plan::PackDense*>(fields)->tensor);
+    case plan::kUnpackDepthwise:
+      return check.contiguous(reinterpret_cast<const plan::UnpackDepthwise*>(fields)->tensor);
+    case plan::kUnpackDense:
+      return check.contiguous(reinterpret_cast<const plan::UnpackDense*>(fields)->tensor);
+    case plan::kNormalise: {
+      const auto& op = *reinterpret_cast<const plan::Normalise*>(fields);
+      for (const int64_t number : {op.gamma, op.beta, op.running_mean, op.running_var}) {
+        check.contiguous(number);
+      }
+      return check.contiguous(op.counter, ScalarType::Long);
+    }
+    case plan::kCoefficients:
+      return check.contiguous(reinterpret_cast<const plan::Coefficients*>(fields)->decision);
+    case plan::kNormaliseBackward: {
+      const auto& op = *reinterpret_cast<const plan::NormaliseBackward*>(fields);
+      for (const int64_t number : {op.decision, op.gamma, op.beta}) {
+        check.contiguous(number);
+      }
+      return;
+    }
+    case plan::kDecisionGradient:
+      return check.contiguous(reinterpret_cast<const plan::DecisionGradient*>(fields)->tensor);
+    default:
+      STD_TORCH_CHECK(false, "run_plan: there is no barrier operation of kind ", kind);
+  }
+}
+
+void check_step(int64_t kind, const int64_t* fields, const TensorCheck& check) {
+  STD_TORCH_CHECK(kind >= plan::kLoad && kind <= plan::kMask, "run_plan: there is no step of kind ", kind);
+  if (kind == plan::kLoad) {
+    const auto& step = *reinterpret_cast<const plan::Load*>(fields);
+    check.strided(step, step.target);
+  } else if (kind == plan::kStore) {
+    const auto& step = *reinterpret_cast<const plan::Store*>(fields);
+    check.strided(step, step.source);
+  }
+}
+
+// A barrier operation or a step.
+struct Operation {
+  int64_t kind;
+  const int64_t* fields;
+};
+
+// The operations whose flags hold, phase by phase: operations[ends[k - 1]] up to operations[ends[k]].
+struct Sequence {
+  std::vector<Operation> operations;
+  std::vector<size_t> ends;
+
+  template <typename Check>
+  void append(const int64_t* program, int64_t count, int64_t at, const Tensor& flags, const Check& check) {
+    const auto* values = static_cast<const uint8_t*>(flags.const_data_ptr());
+    for (int64_t k = 0; k < count; ++k) {
+      const int64_t* words = program + program[at + k];
+      const int64_t flag = words[1];
+      STD_TORCH_CHECK(
+          flag < flags.numel(), "run_plan: the program uses flag ", flag, ", there are ", flags.numel());
+      if (flag < 0 || values[flag] != 0) {
+        check(words[0], words + 2);
+        operations.push_back({words[0], words + 2});
+      }
+    }
+    ends.push_back(operations.size());
+  }
+  const Operation* begin(int64_t phase) const {
+    return operations.data() + (phase == 0 ? 0 : ends[phase - 1]);
+  }
+  const Operation* end(int64_t phase) const {
+    return operations.data() + ends[phase];
+  }
+};
+
+// Memory for the tiles of all chunks; kept by the thread that runs plans, as they are run over and over.
+float* tiles(int64_t floats) {
+  struct Free {
+    void operator()(float* memory) const {
+      std::free(memory);
+    }
+  };
+  thread_local std::unique_ptr<float, Free> memory;
+  thread_local int64_t size = 0;
+  if (size < floats) {
+    memory.reset(static_cast<float*>(std::aligned_alloc(kBytes, floats * sizeof(float))));
+    size = memory ? floats : 0;
+    STD_TORCH_CHECK(memory, "run_plan: no memory for tiles of ", floats, " floats");
+  }
+  return memory.get();
+}
+
+// visit(first, last) over all numbers below `count`, one by one shared out among the threads
+template <typename Visit>
+void share_out(int64_t count, const Visit& visit) {
+  if (count == 1) {
+    visit(0, 1);
+  } else {
+    torch::stable::parallel_for(0, count, 1, visit);
+  }
+}
+
+void clear(const plan::Run& run) {
+  share_out(run.header().chunks, [&](int64_t first, int64_t last) {
+    std::fill_n(run.work + first * run.chunk_size(), (last - first) * run.chunk_size(), 0.0f);
+  });
+}
+
+void run_barriers(const plan::Run& run, const Operation* begin, const Operation* end) {
+  for (const Operation* next = begin; next != end;) {
+    const Operation* stop = std::find_if(next, end, [](const Operation& op) { return !plan::is_packing(op.kind); });
+    if (stop == next) {
+      plan::run_barrier(next->kind, next->fields, run);
+      ++next;
+      continue;
+    }
+    torch::stable::parallel_for(0, stop - next, 4, [&](int64_t first, int64_t last) {
+      for (int64_t k = first; k < last; ++k) {
+        plan::run_barrier(next[k].kind, next[k].fields, run);
+      }
+    });
+    next = stop;
+  }
+}
+
+void run_steps(const plan::Run& run, const Operation* begin, const Operation* end, float* memory, int64_t tile) {
+  const plan::Header& header = run.header();
+  const auto kernel = NASCOMPILE_PICK(plan_step);
+  share_out(header.chunks, [&](int64_t first, int64_t last) {
+    for (int64_t chunk = first; chunk < last; ++chunk) {
+      plan::Image image{
+          run.program,
+          run.slab,
+          run.flags,
+          run.tensors,
+          run.sums(chunk),
+          run.gradients(chunk),
+          run.scratch(chunk),
+          memory + chunk * tile,
+          0};
+      const int64_t stop = header.images * (chunk + 1) / header.chunks;
+      for (image.number = header.images * chunk / header.chunks; image.number < stop; ++image.number) {
+        for (const Operation* step = begin; step != end; ++step) {
+          kernel(step->kind, step->fields, image);
+        }
+      }
+    }
+  });
+}
+
+}  // namespace
+
+void run_plan_cpu(
+    const Tensor& program,
+    const Tensor& slab,
+    const Tensor& work,
+    const Tensor& flags,
+    const std::vector<Tensor>& tensors) {
+  const plan::Header& header = check_program(program);
+  const auto* words = static_cast<const int64_t*>(program.const_data_ptr());
+  check_aligned("slab", slab);
+  check_aligned("work", work);
+  check_memory("flags", flags, ScalarType::Byte, "uint8");
+  std::vector<void*> data;
+  std::vector<int64_t> rows;
+  for (const Tensor& tensor : tensors) {
+    data.push_back(tensor.mutable_data_ptr());
+    rows.push_back(tensor.dim() == 0 || tensor.size(0) == 0 ? 0 : tensor.numel() / tensor.size(0));
+  }
+  const plan::Run run{
+      words,
+      static_cast<float*>(slab.mutable_data_ptr()),
+      static_cast<float*>(work.mutable_data_ptr()),
+      static_cast<const uint8_t*>(flags.const_data_ptr()),
+      data.data(),
+      rows.data()};
+  STD_TORCH_CHECK(
+      work.numel() >= header.chunks * run.chunk_size(),
+      "run_plan: work has ",
+      work.numel(),
+      " floats, the program needs ",
+      header.chunks * run.chunk_size());
+
+  // all checks come before anything is written
+  const TensorCheck check(tensors, header);
+  const auto tile_of = NASCOMPILE_PICK(plan_tile);
+  Sequence barriers;
+  Sequence steps;
+  int64_t tile = 0;
+  const auto* phases = reinterpret_cast<const plan::Phase*>(words + header.phases_at);
+  for (int64_t k = 0; k < header.phases; ++k) {
+    const plan::Phase& phase = phases[k];
+    barriers.append(words, phase.barriers, phase.barriers_at, flags, [&](int64_t kind, const int64_t* fields) {
+      check_barrier(kind, fields, check);
+    });
+    steps.append(words, phase.steps, phase.steps_at, flags, [&](int64_t kind, const int64_t* fields) {
+      check_step(kind, fields, check);
+      tile = std::max(tile, plan::aligned(tile_of(kind, fields, words)));
+    });
+  }
+  float* memory = tiles(header.chunks * tile);
+
+  clear(run);
+  for (int64_t k = 0; k < header.phases; ++k) {
+    run_barriers(run, barriers.begin(k), barriers.end(k));
+    if (steps.begin(k) != steps.end(k)) {
+      run_steps(run, steps.begin(k), steps.end(k), memory, tile);
+    }
+  }
+}
+
+}  // namespace nascompile

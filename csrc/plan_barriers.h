@@ -1,0 +1,55 @@
+// What happens once between the phases of a plan: plain C++ in double precision, no torch types.
+#pragma once
+
+#include "plan.h"
+
+namespace nascompile::plan {
+
+inline int64_t aligned(int64_t floats) {
+  return (floats + kAlignment - 1) / kAlignment * kAlignment;
+}
+
+// A run of a program: everything that all its chunks share.
+struct Run {
+  const int64_t* program;
+  float* slab;
+  float* work;  // per chunk: [sums | gradients | scratch], each aligned
+  const uint8_t* flags;
+  void* const* tensors;
+  const int64_t* rows;  // per tensor: elements of one index of the first dimension
+
+  const Header& header() const {
+    return *reinterpret_cast<const Header*>(program);
+  }
+  int64_t chunk_size() const {
+    return aligned(2 * header().sums) + aligned(header().gradients) + aligned(header().scratch);
+  }
+  double* sums(int64_t chunk) const {
+    return reinterpret_cast<double*>(work + chunk * chunk_size());
+  }
+  float* gradients(int64_t chunk) const {
+    return work + chunk * chunk_size() + aligned(2 * header().sums);
+  }
+  float* scratch(int64_t chunk) const {
+    return gradients(chunk) + aligned(header().gradients);
+  }
+  bool holds(int64_t flag) const {
+    return flag < 0 || flags[flag] != 0;
+  }
+  float* tensor(int64_t number) const {
+    return number < 0 ? nullptr : static_cast<float*>(tensors[number]);
+  }
+  float* vector(int64_t offset) const {
+    return offset < 0 ? nullptr : slab + offset;
+  }
+};
+
+// Packs weights or unpacks their gradients: depends on no other operation of its phase.
+inline bool is_packing(int64_t kind) {
+  return kind == kPackDepthwise || kind == kPackDense || kind == kUnpackDepthwise || kind == kUnpackDense;
+}
+
+// Carries out one barrier operation; `fields` follows its kind and flag, which holds.
+void run_barrier(int64_t kind, const int64_t* fields, const Run& run);
+
+}  // namespace nascompile::plan
