@@ -82,7 +82,8 @@ class Candidate:
     prefixes.
 
     `body(candidate, value)` computes the rest from the prefix's value. `read` and `looked_into` are the
-    attributes and modules that the reading took for granted, by path inside the candidate.
+    attributes and modules that the reading took for granted, by path inside the candidate. `graph` is the whole
+    candidate; a built-in module is one call of "self".
     """
 
     prefix: tuple[fx.Node, ...]
@@ -91,6 +92,7 @@ class Candidate:
     read: tuple[tuple[str, str], ...]
     looked_into: tuple[str, ...]
     returns_input: bool
+    graph: fx.Graph
 
     def guard(self, candidate: nn.Module, guards: Guards, place: tuple[dict[str, Any], str]) -> None:
         """Make what was taken for granted a condition of the trace that uses it; `place` is the candidate's
@@ -145,7 +147,7 @@ def read_candidate(module: nn.Module) -> Candidate | str:
     body = _body(graph, tuple(prefix)) if prefix else None
     read, looked_into = tracer.guards.paths(tracer.paths)
     returned = {base_of(gm, node) for node in graph.nodes if any(user.op == "output" for user in node.users)}
-    return Candidate(tuple(prefix), keys, body, read, looked_into, source in returned)
+    return Candidate(tuple(prefix), keys, body, read, looked_into, source in returned, graph)
 
 
 def read_once(module: nn.Module, known: dict[Any, Candidate | str]) -> Candidate | str:

@@ -51,6 +51,7 @@ class Guards:
         self._containers: dict[int, tuple[str, Any, Any]] = {}
         self._modules: dict[int, nn.Module] = {}
         self._places: list[tuple[dict[str, Any], str, nn.Module]] = []
+        self._checks: list[Callable[[], bool]] = []
 
     def saw(self, module: nn.Module, name: str, value: Any) -> None:
         """Record that the program read `module.name`."""
@@ -67,6 +68,14 @@ class Guards:
         if place is not None and id(module) not in self._modules:
             self._places.append((*place, module))
         self._modules[id(module)] = module
+
+    def placed(self, module: nn.Module, place: tuple[dict[str, Any], str]) -> None:
+        """Record that the trace counts on `module` at its place in its parent."""
+        self._places.append((*place, module))
+
+    def also(self, check: Callable[[], bool]) -> None:
+        """Record a condition of the trace that is quicker to check as a whole."""
+        self._checks.append(check)
 
     def require_containers_unchanged(self) -> None:
         """Raise NotTraceable when the program changed a list or dict of the model; its content is put back
@@ -119,7 +128,9 @@ class Guards:
                 return False
         if any(modules.get(name) is not module for modules, name, module in self._places):
             return False
-        return not any(has_hooks(module) for module in self._modules.values())
+        if any(has_hooks(module) for module in self._modules.values()):
+            return False
+        return all(check() for check in self._checks)
 
 
 def attribute(module: nn.Module, name: str) -> Any:

@@ -12,6 +12,7 @@ from nascompile.compiler.errors import NascompileError
 from nascompile.compiler.passes.drop_identity import drop_identity
 from nascompile.compiler.passes.drop_unused import drop_unused
 from nascompile.compiler.passes.functionalize_in_place import functionalize_in_place
+from nascompile.compiler.passes.fuse_regions import fuse_regions
 from nascompile.compiler.passes.fuse_weighted_sums import fuse_weighted_sums
 from nascompile.compiler.passes.lower_choices import lower_choices
 from nascompile.compiler.passes.share_prefixes import share_prefixes
@@ -26,6 +27,7 @@ DEFAULT: tuple[Pass, ...] = (
     drop_unused,
     lower_choices,
     functionalize_in_place,
+    fuse_regions,
     share_prefixes,
     fuse_weighted_sums,
 )

@@ -16,6 +16,7 @@ from nascompile.compiler.guards import Guards
 from nascompile.compiler.lower import LoweredChoice
 from nascompile.compiler.mutables import InputChoice, LayerChoice, MutableScope
 from nascompile.compiler.mutator import BaseMutator
+from nascompile.compiler.region.region import Region
 from nascompile.compiler.signature import call_shape, guessed_shape, inputs_like
 from nascompile.compiler.space import Choice
 from nascompile.compiler.trace import Island, ModelTracer, own_forward, where_defined
@@ -34,6 +35,7 @@ class Entry:
     function: Callable[..., Any] | None = None
     graph_module: fx.GraphModule | None = None
     lowered: tuple[LoweredChoice, ...] = ()
+    regions: tuple[Region, ...] = ()
     choices: tuple[Choice, ...] = ()
     islands: dict[str, Island] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
@@ -136,7 +138,9 @@ class Unit:
         entry.function = as_function(gm.graph, self.path or type(self.module).__name__)
         entry.graph_module = gm
         targets = [node.target for node in gm.graph.nodes]
-        entry.lowered = tuple(target for target in targets if isinstance(target, LoweredChoice))
+        entry.regions = tuple(target for target in targets if isinstance(target, Region))
+        inside = [choice for region in entry.regions for choice in region.choices]
+        entry.lowered = (*inside, *(target for target in targets if isinstance(target, LoweredChoice)))
         modules = {
             node.target: gm.get_submodule(str(node.target))
             for node in gm.graph.nodes

@@ -1,0 +1,88 @@
+"""The decisions of a region's choices, read once a call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nascompile.compiler.decision import Selection
+from nascompile.compiler.lower import LoweredChoice, decides_by_masks
+from nascompile.compiler.mutables import LayerChoice
+from nascompile.compiler.mutator import Mutator
+from nascompile.compiler.region.ir import Weight
+
+
+@dataclass(frozen=True, slots=True)
+class Decisions:
+    """selections: by key. is_weighted: for every choice. chosen: the candidates that take part.
+
+    vectors: for every key with weights, in order, the weights of all its candidates in fp32; of a mean they are
+    already divided by the number chosen. None where choices of one key are reduced in different ways.
+    """
+
+    selections: dict[str, Selection]
+    is_weighted: tuple[bool, ...]
+    chosen: frozenset[Weight]
+    vectors: dict[str, Tensor]
+
+
+class Decided(Mutator):
+    """Carries out given selections, without being bound to a model."""
+
+    def __init__(self, selections: Mapping[str, Selection]) -> None:
+        nn.Module.__init__(self)
+        self.given = selections
+
+    def selection(self, key: str, length: int) -> tuple[Selection, Any]:
+        """The selection that was given, and a mask that says the same."""
+        selection = self.given[key]
+        mask = [index in selection.indices for index in range(length)]
+        return selection, mask if selection.weights is None else selection.weights
+
+
+def read_decisions(choices: Sequence[LoweredChoice]) -> Decisions | str:
+    """The current decisions; a string says why choices cannot be carried out from masks alone."""
+    selections: dict[str, Selection] = {}
+    for target in choices:
+        choice = target.choice
+        mutator = choice.require_mutator()
+        is_layer = isinstance(choice, LayerChoice)
+        method = "on_forward_layer_choice" if is_layer else "on_forward_input_choice"
+        if not decides_by_masks(mutator, method) or not isinstance(mutator, Mutator):
+            return f"{type(mutator).__name__} carries out choices in its own way"
+        if choice.key not in selections:
+            selections[choice.key] = mutator.selection(choice.key, len(choice))[0]
+        elif len(choice) != choice_length(choices, choice.key):
+            return f"choices of the key {choice.key!r} differ in length"
+        if not selections[choice.key].indices:
+            return f"the decision chooses nothing for {choice.key!r}"
+        if is_layer and any(choice[index] is None for index in selections[choice.key].indices):  # type: ignore[index]
+            return f"a candidate of {choice.key!r} that is None is chosen"
+    weighted = tuple(selections[t.choice.key].weights is not None for t in choices)
+    chosen = frozenset(Weight(key, index) for key, s in selections.items() for index in s.indices)
+    return Decisions(selections, weighted, chosen, _vectors(choices, selections))
+
+
+def choice_length(choices: Sequence[LoweredChoice], key: str) -> int:
+    """The number of candidates of the first choice with that key."""
+    return next(len(target.choice) for target in choices if target.choice.key == key)
+
+
+def _vectors(choices: Sequence[LoweredChoice], selections: Mapping[str, Selection]) -> dict[str, Tensor]:
+    vectors: dict[str, Tensor] = {}
+    for target in choices:
+        key, selection = target.choice.key, selections[target.choice.key]
+        if key in vectors:
+            continue
+        is_mean = target.choice.reduction == "mean"
+        weights = selection.weights
+        if weights is None and is_mean:
+            weights = torch.ones(len(target.choice))
+        if weights is not None:
+            weights = weights.to(device="cpu", dtype=torch.float32)
+            vectors[key] = weights / len(selection.indices) if is_mean else weights
+    return vectors

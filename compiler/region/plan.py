@@ -1,0 +1,217 @@
+"""A plan: the programs of a region, forward and backward, for one batch size, mode and set of wanted gradients."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from nascompile.compiler.region.backward import Backward, Wanted
+from nascompile.compiler.region.flags import Flags
+from nascompile.compiler.region.forward import Forward, make_stage
+from nascompile.compiler.region.ir import Graph
+from nascompile.compiler.region.memory import Buffer, lay_out
+from nascompile.compiler.region.settings import Settings
+from nascompile.compiler.region.tasks import (
+    Staged,
+    Task,
+    TaskList,
+    in_phase,
+    scratch_map,
+    set_phases,
+    touch,
+)
+from nascompile.kernels.plan.program import Phase, Program, aligned, encode
+from nascompile.kernels.plan.steps import NONE, Activation, Combine, Map, Unstage
+
+
+@dataclass(slots=True)
+class Direction:
+    """One program, how it is written down, and the tensors it takes, in order."""
+
+    program: Program
+    encoded: Tensor
+    tensors: list[Any]
+    names: list[list[str]] = field(default_factory=list)
+    """For every phase, what its barrier operations and steps are called."""
+    work: int = 0
+    """FLOPs of the convolutions for one image."""
+
+
+@dataclass(slots=True)
+class Plan:
+    """The forward program, the backward program if there is one, and the memory they share.
+
+    reached: for the backward program, the flag under which each gradient is there: TensorRef or ("input", i).
+    slab: floats.
+    """
+
+    graph: Graph
+    settings: Settings
+    flags: Flags
+    forward: Direction
+    backward: Direction | None
+    reached: dict[Any, int]
+    slab: int
+
+
+def build(graph: Graph, settings: Settings, wanted: Wanted | None) -> Plan:
+    """The plan of a region. `wanted`: the gradients backward computes; None for no backward.
+
+    Raises Unsupported where the region cannot be a plan.
+    """
+    flags = Flags()
+    forward = Forward(graph, settings, flags)
+    phases = set_phases(forward.tasks, late=False)
+    backward = None if wanted is None else Backward(forward, wanted)
+    buffers: list[Buffer] = list(forward.buffers)
+    touch(forward.tasks.tasks, 0)
+    if backward is not None:
+        set_phases(backward.tasks, late=True)
+        touch(backward.tasks.tasks, phases)
+        buffers += backward.buffers
+    slab = lay_out(buffers)
+    ahead = _emit(forward.tasks, settings, flags, forward.sums, 0, forward.tensors)
+    back = None
+    if backward is not None:
+        back = _emit(backward.tasks, settings, flags, backward.sums, backward.gradients, backward.tensors)
+    return Plan(graph, settings, flags, ahead, back, {} if backward is None else backward.reached, slab)
+
+
+class _Scratch:
+    """Scratch memory: one image for every name and geometry; users of one geometry take turns."""
+
+    def __init__(self) -> None:
+        self.floats = 0
+        self._maps: dict[tuple[Any, ...], Map] = {}
+
+    def get(
+        self,
+        name: str,
+        channels: int,
+        height: int,
+        width: int,
+        border: tuple[int, int],
+        row: int | None = None,
+    ) -> Map:
+        """The interior of an image with zeros around it."""
+        key = (name, channels, height, width, border)
+        if key not in self._maps:
+            row = (width + 2 * border[1]) * channels if row is None else row
+            if row % 256 == 0 and any(border):
+                row += channels
+            start = self.floats + border[0] * row + border[1] * channels
+            self._maps[key] = scratch_map(start, row, channels, channels, height, width)
+            # one row more: the taps of the last pixel may pass the end of the last border
+            self.floats += aligned((height + 2 * border[0] + 1) * row)
+        return self._maps[key]
+
+
+def _emit(
+    tasks: TaskList, settings: Settings, flags: Flags, sums: int, gradients: int, tensors: list[Any]
+) -> Direction:
+    scratch = _Scratch()
+    by_phase: defaultdict[int, list[Task]] = defaultdict(list)
+    for task in tasks.tasks:
+        by_phase[task.phase].append(task)
+    phases, names = [], []
+    for number in range(max(by_phase, default=-1) + 1):
+        barriers, steps = in_phase(by_phase[number])
+        operations, called = _steps(steps, scratch, flags)
+        phases.append(Phase(tuple(task.make({}) for task in barriers), tuple(operations)))
+        names.append([task.name for task in barriers] + called)
+    program = Program(
+        tuple(phases),
+        settings.images,
+        settings.chunks,
+        settings.lane,
+        aligned(sums),
+        aligned(gradients),
+        aligned(scratch.floats),
+    )
+    work = sum(task.work for task in tasks.tasks)
+    return Direction(program, encode(program), list(tensors), names, work)
+
+
+def _steps(tasks: Sequence[Task], scratch: _Scratch, flags: Flags) -> tuple[list[Any], list[str]]:
+    """The steps of a phase: what reads one staged image stands together, after the step that stages it."""
+    found: list[Any] = []
+    names: list[str] = []
+    at = 0
+    while at < len(tasks):
+        end = at + 1
+        staged, gather = tasks[at].staged, tasks[at].gather
+        while (
+            staged is not None
+            and end < len(tasks)
+            and (tasks[end].staged, tasks[end].gather) == (staged, gather)
+        ):
+            end += 1
+        run = tasks[at:end]
+        at = end
+        maps: dict[str, Map] = {}
+        if staged is not None:
+            maps["x"] = _stage(staged, run, scratch, flags, found, names)
+        if gather is not None:
+            assert staged is not None
+            maps["dx"] = _begin_gather(staged, run, scratch, flags, found, names)
+        for task in run:
+            own = {name: scratch.get(name, *geometry) for name, *geometry in task.scratch}
+            found.append(_with_flag(task.make({**maps, **own}), task.flag))
+            names.append(task.name)
+        if gather is not None:
+            assert staged is not None
+            _end_gather(staged, run, maps["dx"], flags, found, names)
+    return found, names
+
+
+def _any(flags: Flags, run: Sequence[Task]) -> int:
+    return flags.any_of(task.flag for task in run)
+
+
+def _with_flag(step: Any, flag: int) -> Any:
+    return type(step)(*(getattr(step, name) for name in step.__slots__ if name != "flag"), flag=flag)
+
+
+def _stage(
+    staged: Staged, run: Sequence[Task], scratch: _Scratch, flags: Flags, found: list[Any], names: list[str]
+) -> Map:
+    source = staged.source
+    if staged.is_direct:
+        return source.map()
+    size = (source.channels, source.height, source.width)
+    target = scratch.get("x", *size, staged.border, staged.row)
+    found.append(make_stage(staged, target, _any(flags, run)))
+    names.append("stage")
+    return target
+
+
+def _begin_gather(
+    staged: Staged, run: Sequence[Task], scratch: _Scratch, flags: Flags, found: list[Any], names: list[str]
+) -> Map:
+    source = staged.source
+    target = scratch.get("dx", source.channels, source.height, source.width, (0, 0))
+    found.append(Combine((), NONE, Activation.none, target, 0, NONE, flag=_any(flags, run)))
+    names.append("clear")
+    return target
+
+
+def _end_gather(
+    staged: Staged, run: Sequence[Task], gradient: Map, flags: Flags, found: list[Any], names: list[str]
+) -> None:
+    gather = run[0].gather
+    assert gather is not None
+    channels = staged.source.channels
+    at = NONE if staged.vectors is None else staged.vectors.offset
+    vectors = (NONE, NONE) if at == NONE else (at + 2 * channels, at + 3 * channels)
+    found.append(
+        Unstage(
+            *(gradient, staged.source.map(), *vectors, staged.activation),
+            *(gather.target.map(), int(gather.adds), gather.moments),
+            flag=_any(flags, run),
+        )
+    )
+    names.append("unstage")

@@ -1,0 +1,160 @@
+"""A region as a function in the graph: runs its plan where it can, and its own graph op by op where it cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from nascompile.compiler.candidates import Candidate
+from nascompile.compiler.lower import LoweredChoice
+from nascompile.compiler.region.backward import Wanted
+from nascompile.compiler.region.decisions import Decisions, choice_length, read_decisions
+from nascompile.compiler.region.execution import Execution, call, parameters_of
+from nascompile.compiler.region.ir import Unsupported, Weight
+from nascompile.compiler.region.plan import Plan, build
+from nascompile.compiler.region.read import read
+from nascompile.compiler.region.settings import Settings, read_borders
+from nascompile.kernels.plan.run import lane, why_not_native
+
+PLAN_LIMIT = 8
+"""Plans kept for one region; the one not used for longest goes."""
+
+
+class Region:
+    """`nodes` of the model's graph as one call: takes the values of `inputs`, gives those of `outputs`.
+
+    `fallback` computes the same op by op. `notes` gets, under the region's name, why a plan cannot be made.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        modules: Mapping[str, nn.Module],
+        nodes: Sequence[fx.Node],
+        inputs: Sequence[fx.Node],
+        outputs: Sequence[fx.Node],
+        candidates: Mapping[LoweredChoice, Sequence[tuple[nn.Module, Candidate]]],
+        fallback: Callable[..., Any],
+        notes: dict[str, str],
+    ) -> None:
+        self.__name__ = self.__qualname__ = name
+        self.__module__ = "nascompile"
+        self.nodes, self.inputs, self.outputs = tuple(nodes), tuple(inputs), tuple(outputs)
+        self.choices: tuple[LoweredChoice, ...] = tuple(
+            node.target for node in nodes if isinstance(node.target, LoweredChoice)
+        )
+        self.fallback = fallback
+        self._modules = modules
+        self._candidates = candidates
+        self._notes = notes
+        self._executions: dict[Any, Execution | None] = {}
+
+    def __call__(self, *tensors: Tensor) -> Any:
+        reason = why_not_now(tensors)
+        decisions = read_decisions(self.choices) if reason is None else reason
+        execution = None if isinstance(decisions, str) else self._execution(tensors, decisions)
+        if execution is None:
+            return self.fallback(*tensors)
+        assert isinstance(decisions, Decisions)
+        outputs = call(execution, decisions, tensors, self.fallback)
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    @property
+    def plans(self) -> list[Plan]:
+        """The plans made so far."""
+        return [execution.plan for execution in self._executions.values() if execution is not None]
+
+    def _execution(self, tensors: Sequence[Tensor], decisions: Decisions) -> Execution | None:
+        grad = torch.is_grad_enabled()
+        key = (
+            tuple(tensor.shape for tensor in tensors),
+            is_channels_last(tensors),
+            decisions.is_weighted,
+            tuple(grad and tensor.requires_grad for tensor in tensors),
+            grad,
+            grad and any(vector.requires_grad for vector in decisions.vectors.values()),
+            *(torch.get_num_threads(), lane()),
+        )
+        if key in self._executions:
+            execution = self._executions.pop(key)
+            self._executions[key] = execution
+            if execution is None or execution.suits(grad):
+                return execution
+            del self._executions[key]
+        if len(self._executions) >= PLAN_LIMIT:
+            del self._executions[next(iter(self._executions))]
+        try:
+            execution = self._make(tensors, decisions, grad)
+        except Unsupported as reason:
+            self._notes[self.__name__] = f"runs op by op: {reason}"
+            execution = None
+        self._executions[key] = execution
+        return execution
+
+    def _make(self, tensors: Sequence[Tensor], decisions: Decisions, grad: bool) -> Execution:
+        shapes = [tuple(tensor.shape[1:]) for tensor in tensors]
+        weighted = dict(zip(self.choices, decisions.is_weighted, strict=True))
+        graph = read(
+            *(self._modules, self.nodes, self.inputs, self.outputs, self._candidates),
+            *(shapes, weighted),  # type: ignore[arg-type]
+        )
+        images = tensors[0].shape[0]
+        slots: dict[Weight, int] = {}
+        for key in decisions.vectors:
+            for index in range(choice_length(self.choices, key)):
+                slots[Weight(key, index)] = len(slots)
+        wanted = self._wanted(graph, tensors, decisions) if grad else None
+        if wanted is not None and not (any(wanted.inputs) or wanted.parameters or wanted.decision):
+            wanted = None
+        settings = Settings(
+            images=images,
+            chunks=max(1, min(torch.get_num_threads(), images)),
+            lane=lane(),
+            channels_last=is_channels_last(tensors),
+            has_backward=wanted is not None,
+            borders=read_borders(graph, lane()),
+            slots=slots,
+        )
+        return Execution(build(graph, settings, wanted), wanted)
+
+    def _wanted(self, graph: Any, tensors: Sequence[Tensor], decisions: Decisions) -> Wanted:
+        return Wanted(
+            tuple(tensor.requires_grad for tensor in tensors),
+            any(ref.value.requires_grad for ref in parameters_of(graph)),
+            any(vector.requires_grad for vector in decisions.vectors.values()),
+        )
+
+
+def is_channels_last(tensors: Sequence[Tensor]) -> bool:
+    """Whether the inputs lie in memory channels last, so that the outputs should."""
+    return all(
+        tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+        for tensor in tensors
+    )
+
+
+def why_not_now(tensors: Sequence[Any]) -> str | None:
+    """Why a plan cannot take these values, or run in the present state of torch; None if it can."""
+    for tensor in tensors:
+        if type(tensor) not in (Tensor, nn.Parameter):
+            return f"takes a {type(tensor).__name__}"
+        if tensor.dtype != torch.float32 or tensor.dim() != 4 or tensor.layout != torch.strided:
+            return f"takes {tensor.dtype} of {tensor.dim()} dimensions"
+        if tensor.device.type != "cpu" or tensor.numel() == 0:
+            return f"takes a tensor on {tensor.device} of shape {tuple(tensor.shape)}"
+    if len({tensor.shape[0] for tensor in tensors}) != 1:
+        return "takes batches of different sizes"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast is on"
+    functorch: Any = torch._C._functorch
+    if functorch.maybe_current_level() is not None or torch._C._len_torch_dispatch_stack() > 0:
+        return "a transformation of functions or a dispatch mode is active"
+    if torch._C._get_tracing_state() is not None or torch.compiler.is_compiling():
+        return "the program is being traced"
+    autograd: Any = torch._C._autograd
+    if autograd._top_saved_tensors_default_hooks(True) is not None:
+        return "hooks on saved tensors are active"
+    return why_not_native(torch.device("cpu"))

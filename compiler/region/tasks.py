@@ -1,0 +1,179 @@
+"""Tasks: the steps and barrier operations of a plan before they have an order, and how they get one.
+
+A task says what it reads and writes. Two steps on one image may share a phase in their order; what is summed over the
+batch is there one phase later.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from nascompile.compiler.region.memory import Buffer, Place
+from nascompile.kernels.plan.steps import Activation, Map, Space
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """An image that convolutions read: activation(scale * source + shift), surrounded by zeros.
+
+    `scale` is the buffer of a normalisation's vectors, or None. Where nothing needs to be done to the source it is
+    read where it lies (`is_direct`).
+    """
+
+    source: Place
+    vectors: Buffer | None
+    activation: Activation
+    border: tuple[int, int]
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether the source itself is read."""
+        plain = self.vectors is None and self.activation == Activation.none
+        return plain and self.border == (0, 0)
+
+    @property
+    def geometry(self) -> tuple[int, int, int, int, int]:
+        """Images of equal geometry use the same scratch one after another."""
+        return (*self.border, self.source.channels, self.source.height, self.source.width)
+
+    @property
+    def row(self) -> int:
+        """Floats from one row to the next, in scratch."""
+        pixels = self.source.width + 2 * self.border[1]
+        row = pixels * self.source.channels
+        # rows a whole number of kilobytes apart would fall on the same cache lines
+        return row + self.source.channels if row % 256 == 0 and any(self.border) else row
+
+
+@dataclass(frozen=True, slots=True)
+class Gather:
+    """Where the gradient of a staged image goes: added to `target` or written there; `moments` as in Unstage."""
+
+    target: Place
+    adds: bool
+    moments: int
+
+
+@dataclass(eq=False, slots=True)
+class Task:
+    """`make` gives the operation once memory is laid out, from the scratch maps it asked for (by name).
+
+    `staged`: the image it reads, scratch map "x"; `gather`: where the gradient of that image goes, scratch map "dx".
+    scratch: further maps, (name, channels, height, width, border). `name` and `work` (FLOPs for one image) are for
+    people.
+    """
+
+    name: str
+    make: Callable[[dict[str, Map]], Any]
+    is_barrier: bool
+    reads: tuple[Hashable, ...]
+    writes: tuple[Hashable, ...]
+    flag: int
+    staged: Staged | None = None
+    gather: Gather | None = None
+    scratch: tuple[tuple[str, int, int, int, tuple[int, int]], ...] = ()
+    work: int = 0
+    phase: int = -1
+
+
+@dataclass(eq=False, slots=True)
+class TaskList:
+    """Tasks in an order in which they could run one by one."""
+
+    tasks: list[Task] = field(default_factory=list)
+
+    def add(self, task: Task) -> None:
+        self.tasks.append(task)
+
+    def dependencies(self) -> list[tuple[int, int, int]]:
+        """(earlier, later, phases between them at least) for all pairs that matter."""
+        writers: dict[Hashable, list[int]] = {}
+        readers: defaultdict[Hashable, list[int]] = defaultdict(list)
+        found = []
+        for number, task in enumerate(self.tasks):
+            for what in task.reads:
+                found += [(writer, number) for writer in writers.get(what, ())]
+                readers[what].append(number)
+            for what in task.writes:
+                if isinstance(what, Summed):
+                    # additions in any order; the sum is read later
+                    writers.setdefault(what, []).append(number)
+                    continue
+                found += [(before, number) for before in (*writers.get(what, ()), *readers[what])]
+                writers[what], readers[what] = [number], []
+        return [
+            (before, after, int(self.tasks[after].is_barrier and not self.tasks[before].is_barrier))
+            for before, after in found
+            if before != after
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Summed:
+    """Something chunks add to: `kind` is "sums" (fp64) or "gradients" (fp32), at `offset`."""
+
+    kind: str
+    offset: int
+
+
+def set_phases(tasks: TaskList, *, late: bool) -> int:
+    """Give every task its phase: as early as possible, or as late. Returns the number of phases.
+
+    Forward runs early, backward late: both bring together what reads one source.
+    """
+    edges = tasks.dependencies()
+    phases = [0] * len(tasks.tasks)
+    by_task: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
+    for before, after, gap in edges:
+        by_task[before if late else after].append((after if late else before, gap))
+    order = range(len(phases))
+    for number in reversed(order) if late else order:
+        phases[number] = max((phases[other] + gap for other, gap in by_task[number]), default=0)
+    last = max(phases, default=-1)
+    for task, phase in zip(tasks.tasks, phases, strict=True):
+        task.phase = last - phase if late else phase
+    return last + 1
+
+
+def in_phase(tasks: Sequence[Task]) -> tuple[list[Task], list[Task]]:
+    """The barrier operations and the steps of one phase, ordered; steps on one staged image stand together."""
+    barriers = [task for task in tasks if task.is_barrier]
+    steps = [task for task in tasks if not task.is_barrier]
+    waits = {id(task): 0 for task in steps}
+    followers: defaultdict[int, list[Task]] = defaultdict(list)
+    listed = TaskList(steps)
+    for before, after, _ in listed.dependencies():
+        followers[id(steps[before])].append(steps[after])
+        waits[id(steps[after])] += 1
+    ready = [task for task in steps if not waits[id(task)]]
+    ordered: list[Task] = []
+    last: Staged | None = None
+    while ready:
+        index = next((i for i, t in enumerate(ready) if t.staged is not None and t.staged == last), 0)
+        task = ready.pop(index)
+        last = task.staged
+        ordered.append(task)
+        for follower in followers[id(task)]:
+            waits[id(follower)] -= 1
+            if not waits[id(follower)]:
+                ready.append(follower)
+    assert len(ordered) == len(steps)
+    return barriers, ordered
+
+
+def touch(tasks: Sequence[Task], shift: int) -> None:
+    """Record in the buffers when they are used; `shift` is the number of phases before these tasks."""
+    for task in tasks:
+        for what in (*task.reads, *task.writes):
+            buffer = what[0] if isinstance(what, tuple) else what
+            if isinstance(buffer, Buffer):
+                buffer.first = min(buffer.first, task.phase + shift)
+                buffer.last = max(buffer.last, task.phase + shift)
+
+
+def scratch_map(offset: int, row: int, pixel: int, channels: int, height: int, width: int) -> Map:
+    """A map in scratch."""
+    return Map(Space.scratch, offset, 0, row, pixel, channels, height, width)
