@@ -1,0 +1,196 @@
+// A plan's convolutions, backward, one image at a time. Compiled once per instruction set.
+#include <algorithm>
+
+#include "../plan.h"
+#include "isa.h"
+#include "plan_depthwise.h"
+#include "plan_gemm.h"
+
+namespace nascompile::CPU_CAPABILITY {
+namespace {
+
+// One term of dy: coefficient * map, from one row on.
+struct Part {
+  const float* map;
+  int64_t row, pixel;
+  const float* coefficient;  // or null for one
+};
+
+constexpr int kParts = 4;
+
+// target (+)= constant + sum of kCount terms, over a rectangle of pixels.
+template <int kCount>
+void sum_parts(
+    const Part* parts, const float* constant, bool adds, const Rectangle& all, int64_t channels) {
+  // few enough pixels at a time that every channel of theirs stays in the cache
+  constexpr int64_t kColumns = 16;
+  for (int64_t row = 0; row < all.rows; ++row) {
+    for (int64_t first = 0; first < all.columns; first += kColumns) {
+      const int64_t last = std::min(first + kColumns, all.columns);
+      for (int64_t channel = 0; channel < channels; channel += kLane) {
+        const Vec begin = constant == nullptr ? Vec(0.0f) : Vec::loadu(constant + channel);
+        const float* maps[kCount + 1];
+        Vec coefficients[kCount + 1];
+        for (int k = 0; k < kCount; ++k) {
+          maps[k] = parts[k].map + row * parts[k].row + first * parts[k].pixel + channel;
+          coefficients[k] = parts[k].coefficient == nullptr ? Vec(1.0f) : Vec::loadu(parts[k].coefficient + channel);
+        }
+        float* target = all.target + row * all.target_row + first * all.target_pixel + channel;
+        for (int64_t column = first; column < last; ++column) {
+          Vec sum = adds ? begin + Vec::loadu(target) : begin;
+          for (int k = 0; k < kCount; ++k) {
+            sum = at::vec::fmadd(coefficients[k], Vec::loadu(maps[k]), sum);
+            maps[k] += parts[k].pixel;
+          }
+          sum.store(target);
+          target += all.target_pixel;
+        }
+      }
+    }
+  }
+}
+
+// dy of `all.rows` rows from row `row` on, into the rectangle's target.
+void make_dy(const plan::ConvolveBackward& step, const plan::Image& image, int64_t row, const Rectangle& all) {
+  const plan::Term* const terms = step.terms.in(image.program);
+  const float* constant = step.constant == plan::kNone ? nullptr : image.slab + step.constant;
+  bool adds = false;
+  int64_t next = 0;
+  do {
+    Part parts[kParts];
+    int count = 0;
+    for (; next < step.terms.count && count < kParts; ++next) {
+      const plan::Term& term = terms[next];
+      if (image.holds(term.flag)) {
+        parts[count++] = {
+            image.at(term.map) + row * term.map.row,
+            term.map.row,
+            term.map.pixel,
+            term.coefficient == plan::kNone ? nullptr : image.slab + term.coefficient};
+      }
+    }
+    constexpr decltype(&sum_parts<0>) kSums[] = {
+        sum_parts<0>, sum_parts<1>, sum_parts<2>, sum_parts<3>, sum_parts<4>};
+    static_assert(sizeof(kSums) / sizeof(kSums[0]) == kParts + 1);
+    kSums[count](parts, constant, adds, all, step.y_channels);
+    constant = nullptr;
+    adds = true;
+  } while (next < step.terms.count);
+}
+
+bool is_separable(const plan::ConvolveBackward& step) {
+  return step.depthwise_taps.count > 0 && step.taps.count > 0;
+}
+
+int64_t backward_rows(const plan::ConvolveBackward& step) {
+  const int64_t channels = std::max(step.x.channels, step.y_channels);
+  return tile_rows(kTileFloats / channels, step.y_height, step.y_width);
+}
+
+// Pixel (top, left) of the gradient on, every step_h-th row and step_w-th column.
+Rectangle grid_rectangle(const plan::Grid& grid, const plan::Map& padded, const plan::Map& dx, const plan::Image& image) {
+  return {
+      image.at(padded),
+      padded.row,
+      padded.pixel,
+      image.at(dx) + grid.top * dx.row + grid.left * dx.pixel,
+      grid.step_h * dx.row,
+      grid.step_w * dx.pixel,
+      grid.rows,
+      grid.columns};
+}
+
+void make_dx(const plan::ConvolveBackward& step, const plan::Image& image) {
+  const plan::Grid* const grids = step.grids.in(image.program);
+  const Moments none(nullptr, nullptr, 0);
+  for (int64_t number = 0; number < step.grids.count; ++number) {
+    const plan::Grid& grid = grids[number];
+    const Rectangle all = grid_rectangle(grid, step.padded, step.dx, image);
+    const plan::Tap* const taps = grid.taps.in(image.program);
+    if (step.depthwise_taps.count > 0) {
+      const float* const weights = image.slab + step.depthwise_weights;
+      depthwise({taps, grid.taps.count, weights, step.x.channels, step.adds != 0}, all, none);
+    } else {
+      const float* const weights = image.slab + step.weights_transposed;
+      dense({taps, grid.taps.count, weights, step.y_channels, step.x.channels, step.adds != 0}, all, none);
+    }
+  }
+}
+
+}  // namespace
+
+int64_t plan_convolve_backward_tile(const plan::ConvolveBackward& step, const int64_t*) {
+  const int64_t channels = step.x.channels + step.y_channels;
+  return is_separable(step) ? backward_rows(step) * step.y_width * channels : 0;
+}
+
+void plan_convolve_backward(const plan::ConvolveBackward& step, const plan::Image& image) {
+  const plan::Map& x = step.x;
+  const plan::Map& padded = step.padded;
+  const bool separable = is_separable(step);
+  const bool needs_gradient = step.gradient != plan::kNone;
+  const bool needs_depthwise_gradient = step.depthwise_gradient != plan::kNone;
+  float* const gradient = image.gradients + step.gradient;
+  float* const depthwise_weights_gradient = image.gradients + step.depthwise_gradient;
+  const plan::Tap* const depthwise_taps = step.depthwise_taps.in(image.program);
+  const plan::Tap* const taps = step.taps.in(image.program);
+  const Moments none(nullptr, nullptr, 0);
+  const int64_t rows = backward_rows(step);
+  float* const dy_tile = image.tile;
+  float* const d_tile = dy_tile + rows * step.y_width * step.y_channels;
+
+  for (int64_t row = 0; row < step.y_height; row += rows) {
+    // x as the forward taps read it, and the same pixels of the padded image
+    const Rectangle part{
+        image.at(x) + row * step.stride_h * x.row,
+        step.stride_h * x.row,
+        step.stride_w * x.pixel,
+        image.at(padded) + row * padded.row,
+        padded.row,
+        padded.pixel,
+        std::min(rows, step.y_height - row),
+        step.y_width};
+    if (!separable) {
+      make_dy(step, image, row, part);
+      for (int64_t tap = 0; needs_gradient && tap < step.taps.count; ++tap) {
+        Rectangle shifted = part;
+        shifted.source += taps[tap].offset;
+        const int64_t at = taps[tap].weight * x.channels * step.y_channels;
+        dense_gradient(shifted, x.channels, step.y_channels, gradient + at);
+      }
+    } else {
+      Rectangle tile = part;
+      tile.target = dy_tile;
+      tile.target_row = step.y_width * step.y_channels;
+      tile.target_pixel = step.y_channels;
+      make_dy(step, image, row, tile);
+      if (needs_gradient) {
+        Rectangle between = part;
+        between.target = d_tile;
+        between.target_row = step.y_width * x.channels;
+        between.target_pixel = x.channels;
+        const float* const weights = image.slab + step.depthwise_weights;
+        depthwise({depthwise_taps, step.depthwise_taps.count, weights, x.channels, false}, between, none);
+        // both lie without gaps
+        const Rectangle flat{d_tile, 0, x.channels, dy_tile, 0, step.y_channels, 1, part.pixels()};
+        dense_gradient(flat, x.channels, step.y_channels, gradient + taps->weight * x.channels * step.y_channels);
+      }
+      if (step.needs_input != 0 || needs_depthwise_gradient) {
+        Rectangle back = part;
+        back.source = dy_tile;
+        back.source_row = tile.target_row;
+        back.source_pixel = step.y_channels;
+        const float* const weights = image.slab + step.weights_transposed;
+        dense({taps, 1, weights, step.y_channels, x.channels, false}, back, none);
+      }
+    }
+    if (needs_depthwise_gradient) {
+      depthwise_gradient(depthwise_taps, step.depthwise_taps.count, part, x.channels, depthwise_weights_gradient);
+    }
+  }
+  if (step.needs_input != 0) {
+    make_dx(step, image);
+  }
+}
+
+}  // namespace nascompile::CPU_CAPABILITY
