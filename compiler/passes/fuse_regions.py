@@ -59,6 +59,7 @@ class _Reader:
         self.known: dict[Any, Candidate | str] = gm.meta.setdefault("candidates", {})
         self.candidates: dict[LoweredChoice, list[tuple[nn.Module, Candidate]]] = {}
         self.supported: dict[fx.Node, bool] = {}
+        self._reasons: dict[int, str | None] = {}
         for node in gm.graph.nodes:
             reason = self._why_not(node)
             self.supported[node] = reason is None
@@ -90,14 +91,21 @@ class _Reader:
             candidate = read_once(module, self.known)
             if isinstance(candidate, str):
                 return f"candidate {name!r} {candidate}"
-            inside = _inside(module)
-            for step in candidate.graph.nodes:
-                reason = None if step.op in ("placeholder", "output") else why_not_operation(inside, step)
-                if reason is not None:
-                    return f"candidate {name!r}: {reason}"
+            reason = self._why_not_candidate(module, candidate)
+            if reason is not None:
+                return f"candidate {name!r}: {reason}"
             found.append((module, candidate))
         self.candidates[target] = found
         return None
+
+    def _why_not_candidate(self, module: nn.Module, candidate: Candidate) -> str | None:
+        # candidates of equal structure are one object
+        if id(candidate) not in self._reasons:
+            inside: Any = _Inside(module)
+            steps = [step for step in candidate.graph.nodes if step.op not in ("placeholder", "output")]
+            reasons = (why_not_operation(inside, step) for step in steps)
+            self._reasons[id(candidate)] = next((reason for reason in reasons if reason), None)
+        return self._reasons[id(candidate)]
 
     def _why_not_input_choice(self, node: fx.Node) -> str | None:
         reason = _why_not_choice(node.target.choice)  # type: ignore[union-attr]
@@ -115,13 +123,17 @@ def _why_not_choice(choice: Any) -> str | None:
     return None if choice.reduction in ("sum", "mean") else f'reduction "{choice.reduction}" is not a sum'
 
 
-def _inside(module: nn.Module) -> fx.GraphModule:
-    inside = fx.GraphModule(nn.Module(), fx.Graph())
-    inside.__dict__.update({"_modules": {**module._modules, "self": module}})
-    return inside
+class _Inside:
+    """The modules inside a candidate, by the names that its graph has for them."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def get_submodule(self, path: str) -> nn.Module:
+        return self._module if path == "self" else self._module.get_submodule(path)
 
 
-def why_not_operation(gm: fx.GraphModule, node: fx.Node) -> str | None:
+def why_not_operation(gm: Any, node: fx.Node) -> str | None:
     """Why a module, function or method cannot be part of a region, or None."""
     if is_in_place(gm, node):
         changed = node.args[0] if node.args else None

@@ -102,10 +102,11 @@ def window_size(
     shape: Shape, reach: Sequence[int], stride: Sequence[int], padding: Sequence[int]
 ) -> tuple[int, int]:
     """Height and width after a window of `reach` pixels."""
-    size = [(n + 2 * p - r) // s + 1 for n, r, s, p in zip(shape[1:], reach, stride, padding, strict=True)]
-    if min(size) < 1:
+    height = (shape[1] + 2 * padding[0] - reach[0]) // stride[0] + 1
+    width = (shape[2] + 2 * padding[1] - reach[1]) // stride[1] + 1
+    if height < 1 or width < 1:
         raise Unsupported(f"a window of {tuple(reach)} pixels does not fit an image of {shape[1:]}")
-    return size[0], size[1]
+    return height, width
 
 
 def _norm(graph: Graph, module: Any, x: Value, owner: Weight | None) -> Value:

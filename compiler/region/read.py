@@ -71,8 +71,11 @@ def _layer_choice(
 
 def _candidate(graph: Graph, module: nn.Module, candidate: Candidate, source: Value, owner: Weight) -> Value:
     env: Env = {}
-    modules = {name: child for name, child in module.named_modules(remove_duplicate=False) if name}
-    modules["self"] = module
+    modules = {
+        str(node.target): module if node.target == "self" else module.get_submodule(str(node.target))
+        for node in candidate.graph.nodes
+        if node.op == "call_module"
+    }
     for node in candidate.graph.nodes:
         if node.op == "placeholder":
             if not env:

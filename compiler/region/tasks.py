@@ -124,18 +124,58 @@ def set_phases(tasks: TaskList, *, late: bool) -> int:
 
     Forward runs early, backward late: both bring together what reads one source.
     """
-    edges = tasks.dependencies()
-    phases = [0] * len(tasks.tasks)
-    by_task: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
-    for before, after, gap in edges:
-        by_task[before if late else after].append((after if late else before, gap))
-    order = range(len(phases))
-    for number in reversed(order) if late else order:
-        phases[number] = max((phases[other] + gap for other, gap in by_task[number]), default=0)
-    last = max(phases, default=-1)
-    for task, phase in zip(tasks.tasks, phases, strict=True):
-        task.phase = last - phase if late else phase
+    seen: dict[Hashable, _Seen] = {}
+    for task in reversed(tasks.tasks) if late else tasks.tasks:
+        phase = 0
+        for what in task.reads:
+            if what in seen and not (late and isinstance(what, Summed)):
+                phase = max(phase, seen[what].after_writers(task, late))
+        for what in task.writes:
+            if what in seen and (late or not isinstance(what, Summed)):
+                phase = max(phase, seen[what].after_readers(task, late))
+                if not isinstance(what, Summed):
+                    phase = max(phase, seen[what].after_writers(task, late))
+        task.phase = phase
+        for what in task.reads:
+            seen.setdefault(what, _Seen()).note(task, is_write=False)
+        for what in task.writes:
+            seen.setdefault(what, _Seen()).note(task, is_write=True)
+    last = max((task.phase for task in tasks.tasks), default=-1)
+    if late:
+        for task in tasks.tasks:
+            task.phase = last - task.phase
     return last + 1
+
+
+class _Seen:
+    """The last phases (counted from where the scan began) of the tasks that wrote or read one thing."""
+
+    __slots__ = ("_read", "_written")
+
+    def __init__(self) -> None:
+        # of steps, of barrier operations
+        self._written = [-1, -1]
+        self._read = [-1, -1]
+
+    def note(self, task: Task, *, is_write: bool) -> None:
+        phases = self._written if is_write else self._read
+        phases[task.is_barrier] = max(phases[task.is_barrier], task.phase)
+
+    def after_writers(self, task: Task, late: bool) -> int:
+        return _after(self._written, task, late)
+
+    def after_readers(self, task: Task, late: bool) -> int:
+        return _after(self._read, task, late)
+
+
+def _after(phases: list[int], task: Task, late: bool) -> int:
+    """The first phase for a task next to others: what comes first of a step and a barrier operation decides."""
+    step, barrier = phases
+    if late:
+        # the others run later: a barrier operation after a step needs a phase of its own
+        gap = int(not task.is_barrier)
+        return max(step, barrier + gap if barrier >= 0 else -1)
+    return max(step + int(task.is_barrier) if step >= 0 else -1, barrier)
 
 
 def in_phase(tasks: Sequence[Task]) -> tuple[list[Task], list[Task]]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import struct
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nascompile.kernels.plan.steps import BARRIERS, STEPS, Barrier, Step
+from nascompile.kernels.plan.steps import BARRIERS, STEPS, Barrier, Map, Step, Tap
 
 VERSION = 1
+_BARRIERS = {kind: number for number, kind in enumerate(BARRIERS)}
+_STEPS = {kind: number for number, kind in enumerate(STEPS)}
 ALIGNMENT = 16
 """Floats: every part of a chunk's work memory, and every map, begins at a multiple of it."""
 
@@ -64,8 +66,8 @@ def encode(program: Program) -> Tensor:
     words: list[int] = [0] * 9
     table = []
     for phase in program.phases:
-        barriers = [_operation(words, op, BARRIERS) for op in phase.barriers]
-        steps = [_operation(words, op, STEPS) for op in phase.steps]
+        barriers = [_operation(words, op, _BARRIERS) for op in phase.barriers]
+        steps = [_operation(words, op, _STEPS) for op in phase.steps]
         table.append((len(barriers), _append(words, barriers), len(steps), _append(words, steps)))
     at = _append(words, [word for row in table for word in row])
     words[:9] = (
@@ -81,27 +83,38 @@ def _append(words: list[int], more: list[int]) -> int:
     return at
 
 
-def _operation(words: list[int], op: Any, kinds: tuple[type, ...]) -> int:
-    own = [kinds.index(type(op)), op.flag]
-    for field in fields(op):
-        if field.name != "flag":
-            own.extend(_value(words, getattr(op, field.name)))
+def _operation(words: list[int], op: Any, kinds: dict[type, int]) -> int:
+    own = [kinds[type(op)], op.flag]
+    for name in _names(type(op)):
+        if name != "flag":
+            _write(words, own, getattr(op, name))
     return _append(words, own)
 
 
-def _value(words: list[int], value: Any) -> list[int]:
+@cache
+def _names(kind: type) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(kind))
+
+
+def _write(words: list[int], own: list[int], value: Any) -> None:
+    """Add a value to the words of an operation; the items of a tuple go into the program right away."""
     if isinstance(value, int):
-        return [int(value)]
-    if isinstance(value, float):
-        return [struct.unpack("<q", struct.pack("<d", value))[0]]
-    if dataclasses.is_dataclass(value):
-        return [word for field in fields(value) for word in _value(words, getattr(value, field.name))]
-    assert isinstance(value, tuple), value
-    items = [word for item in value for word in _item(words, item)]
-    return [len(value), _append(words, items)]
-
-
-def _item(words: list[int], item: Any) -> list[int]:
-    if isinstance(item, tuple):
-        return [int(word) for word in item]
-    return _value(words, item)
+        own.append(value)
+    elif isinstance(value, Map):
+        own += (value.space, value.offset, value.image, value.row, value.pixel)
+        own += (value.channels, value.height, value.width)
+    elif isinstance(value, tuple):
+        items: list[int] = []
+        for item in value:
+            if isinstance(item, Tap):
+                items += (item.offset, item.weight)
+            elif isinstance(item, tuple):
+                items += item
+            else:
+                _write(words, items, item)
+        own += (len(value), _append(words, items))
+    elif isinstance(value, float):
+        own += struct.unpack("<q", struct.pack("<d", value))
+    else:
+        for name in _names(type(value)):
+            _write(words, own, getattr(value, name))
