@@ -21,6 +21,9 @@ constexpr int64_t kLine = 16;          // floats in a cache line: the channels t
 constexpr int64_t kTileFloats = 2048;  // of one map, so that a few maps' tiles stay in the first-level cache
 constexpr int64_t kSumPixels = 256;    // that fp32 sums go over before they are added in fp64
 
+// for what works on registers: a call would put them into memory
+#define NASCOMPILE_INLINE [[gnu::always_inline]] inline
+
 // N channels of one pixel.
 template <int N>
 struct Channels {
@@ -48,7 +51,7 @@ struct Channels {
     }
   }
   template <typename Function, typename... Others>
-  friend Channels each(const Function& function, const Channels& first, const Others&... others) {
+  NASCOMPILE_INLINE friend Channels each(const Function& function, const Channels& first, const Others&... others) {
     Channels result;
     for (int i = 0; i < kCount; ++i) {
       result.part[i] = function(first.part[i], others.part[i]...);
@@ -58,24 +61,24 @@ struct Channels {
 };
 
 template <int N>
-Channels<N> add(const Channels<N>& a, const Channels<N>& b) {
+NASCOMPILE_INLINE Channels<N> add(const Channels<N>& a, const Channels<N>& b) {
   return each([](const Vec& x, const Vec& y) { return x + y; }, a, b);
 }
 
 template <int N>
-Channels<N> multiply(const Channels<N>& a, const Channels<N>& b) {
+NASCOMPILE_INLINE Channels<N> multiply(const Channels<N>& a, const Channels<N>& b) {
   return each([](const Vec& x, const Vec& y) { return x * y; }, a, b);
 }
 
 // a * b + c
 template <int N>
-Channels<N> multiply_add(const Channels<N>& a, const Channels<N>& b, const Channels<N>& c) {
+NASCOMPILE_INLINE Channels<N> multiply_add(const Channels<N>& a, const Channels<N>& b, const Channels<N>& c) {
   return each([](const Vec& x, const Vec& y, const Vec& z) { return at::vec::fmadd(x, y, z); }, a, b, c);
 }
 
 // nan stays nan, as in torch
 template <int64_t A, int N>
-Channels<N> activate(const Channels<N>& value) {
+NASCOMPILE_INLINE Channels<N> activate(const Channels<N>& value) {
   return each(
       [](const Vec& x) {
         if constexpr (A == plan::kRelu) {
@@ -91,7 +94,7 @@ Channels<N> activate(const Channels<N>& value) {
 
 // gradient where the activation's derivative at `value` is one; at nan as in torch: relu passes it on, relu6 does not
 template <int64_t A, int N>
-Channels<N> mask(const Channels<N>& gradient, const Channels<N>& value) {
+NASCOMPILE_INLINE Channels<N> mask(const Channels<N>& gradient, const Channels<N>& value) {
   return each(
       [](const Vec& g, const Vec& x) {
         if constexpr (A == plan::kRelu) {
@@ -107,7 +110,7 @@ Channels<N> mask(const Channels<N>& gradient, const Channels<N>& value) {
 }
 
 template <int N>
-void add_to(double* sums, const Channels<N>& values) {
+NASCOMPILE_INLINE void add_to(double* sums, const Channels<N>& values) {
   float lanes[N];
   values.store(lanes);
   for (int i = 0; i < N; ++i) {

@@ -1,5 +1,6 @@
 // Max and average pooling of a plan's maps, forward and backward. Windows of 3 by 3 with stride 1 and padding 1 are taken
 // apart into rows and columns; all others are gone over as they are. Compiled once per instruction set.
+#include <cstring>
 #include <limits>
 #include <utility>
 
@@ -28,7 +29,7 @@ struct Best {
 
 // The first of equal values stays; nan wins, the last one of several, as in torch.
 template <bool with_number, int N>
-void challenge(Best<N>& best, const Channels<N>& value, const Channels<N>& number) {
+NASCOMPILE_INLINE void challenge(Best<N>& best, const Channels<N>& value, const Channels<N>& number) {
   if constexpr (with_number) {
     const Channels<N> wins =
         each([](const Vec& x, const Vec& y) { return (x > y) | (x != x); }, value, best.value);
@@ -40,24 +41,34 @@ void challenge(Best<N>& best, const Channels<N>& value, const Channels<N>& numbe
   }
 }
 
+// Eight numbers; conversions that double or halve the width are single instructions, larger ones are not.
+using Bytes = uint8_t __attribute__((vector_size(8)));
+using Shorts = int16_t __attribute__((vector_size(16)));
+using Ints = int32_t __attribute__((vector_size(32)));
+using Floats = float __attribute__((vector_size(32)));
+
 template <int N>
-void store_bytes(const Channels<N>& numbers, uint8_t* to) {
+NASCOMPILE_INLINE void store_bytes(const Channels<N>& numbers, uint8_t* to) {
   alignas(64) float lanes[N];
-  alignas(64) int32_t whole[N];
   numbers.store(lanes);
-  for (int i = 0; i < N; ++i) {
-    whole[i] = static_cast<int32_t>(lanes[i]);
-  }
-  for (int i = 0; i < N; ++i) {
-    to[i] = static_cast<uint8_t>(whole[i]);
+  for (int i = 0; i < N; i += 8) {
+    Floats wide;
+    std::memcpy(&wide, lanes + i, sizeof(wide));
+    const Ints whole = __builtin_convertvector(wide, Ints);
+    const Bytes narrow = __builtin_convertvector(__builtin_convertvector(whole, Shorts), Bytes);
+    std::memcpy(to + i, &narrow, sizeof(narrow));
   }
 }
 
 template <int N>
-Channels<N> load_bytes(const uint8_t* from) {
+NASCOMPILE_INLINE Channels<N> load_bytes(const uint8_t* from) {
   alignas(64) float lanes[N];
-  for (int i = 0; i < N; ++i) {
-    lanes[i] = static_cast<float>(from[i]);
+  for (int i = 0; i < N; i += 8) {
+    Bytes narrow;
+    std::memcpy(&narrow, from + i, sizeof(narrow));
+    const Ints whole = __builtin_convertvector(__builtin_convertvector(narrow, Shorts), Ints);
+    const Floats wide = __builtin_convertvector(whole, Floats);
+    std::memcpy(lanes + i, &wide, sizeof(wide));
   }
   return Channels<N>(lanes);
 }
@@ -85,7 +96,7 @@ class Moments {
  public:
   Moments(double* sums, int64_t channels) : sums_(sums), channels_(channels) {}
 
-  void take(const Channels<N>& value) {
+  NASCOMPILE_INLINE void take(const Channels<N>& value) {
     total_ = add(total_, value);
     squares_ = multiply_add(value, value, squares_);
   }
@@ -167,33 +178,74 @@ void pool_windows(const plan::Pool& step, const plan::Image& image, int64_t chan
   }
 }
 
-// For every pixel of an input row, the best or the sum of its neighbours in the row.
+// The best, or the sum, of a pixel and its neighbours in the row.
+template <int N, bool is_max, bool with_index, bool has_left, bool has_right>
+NASCOMPILE_INLINE Best<N> pool_neighbours(const float* in, int64_t pixel) {
+  Best<N> best{Channels<N>(has_left ? in - pixel : in), Channels<N>(has_left ? 0.0f : 1.0f)};
+  const auto take = [&](const float* other, float number) {
+    if constexpr (is_max) {
+      challenge<with_index>(best, Channels<N>(other), Channels<N>(number));
+    } else {
+      best.value = add(best.value, Channels<N>(other));
+    }
+  };
+  if constexpr (has_left) {
+    take(in, 1.0f);
+  }
+  if constexpr (has_right) {
+    take(in + pixel, 2.0f);
+  }
+  return best;
+}
+
+// That for every pixel of a row.
 template <int N, bool is_max, bool with_index>
 void pool_row(const float* in, int64_t pixel, int64_t width, float* values, float* numbers) {
-  const Channels<N> here(1.0f);
-  const Channels<N> after(2.0f);
-  for (int64_t w = 0; w < width; ++w, in += pixel) {
-    Best<N> best{Channels<N>(in), here};
-    if (w > 0) {
-      best = {Channels<N>(in - pixel), Channels<N>(0.0f)};
-      if constexpr (is_max) {
-        challenge<with_index>(best, Channels<N>(in), here);
-      } else {
-        best.value = add(best.value, Channels<N>(in));
-      }
-    }
-    if (w + 1 < width) {
-      if constexpr (is_max) {
-        challenge<with_index>(best, Channels<N>(in + pixel), after);
-      } else {
-        best.value = add(best.value, Channels<N>(in + pixel));
-      }
-    }
+  const auto store = [&](const Best<N>& best, int64_t w) {
     best.value.store(values + w * N);
     if constexpr (with_index) {
       best.number.store(numbers + w * N);
     }
+  };
+  if (width == 1) {
+    return store(pool_neighbours<N, is_max, with_index, false, false>(in, pixel), 0);
   }
+  store(pool_neighbours<N, is_max, with_index, false, true>(in, pixel), 0);
+  for (int64_t w = 1; w + 1 < width; ++w) {
+    store(pool_neighbours<N, is_max, with_index, true, true>(in + w * pixel, pixel), w);
+  }
+  store(pool_neighbours<N, is_max, with_index, true, false>(in + (width - 1) * pixel, pixel), width - 1);
+}
+
+// The rows of a window that is taken apart: `first` is the number of the first of `count` rows that lie in the image.
+struct Rows {
+  int64_t first, count;
+
+  Rows(int64_t h, int64_t height)
+      : first(h == 0 ? 1 : 0), count(std::min(h + 2, height) - std::max<int64_t>(h - 1, 0)) {}
+  int64_t row(int64_t h) const {
+    return h - 1 + first;
+  }
+};
+
+// visit(count) with the number of rows as a constant
+template <typename Visit>
+void switch_rows(const Rows& rows, const Visit& visit) {
+  switch (rows.count) {
+    case 1:
+      return visit(std::integral_constant<int, 1>{});
+    case 2:
+      return visit(std::integral_constant<int, 2>{});
+    default:
+      return visit(std::integral_constant<int, 3>{});
+  }
+}
+
+// What an average over a window that is taken apart divides by.
+template <typename Step>
+float count_of(const Step& step, const Rows& rows, int64_t w, int64_t width) {
+  const int64_t columns = std::min(w + 2, width) - std::max<int64_t>(w - 1, 0);
+  return static_cast<float>(step.counts_padding ? kSide * kSide : rows.count * columns);
 }
 
 // `tile`: three rows of values, and of numbers
@@ -206,42 +258,43 @@ void pool_separably(const plan::Pool& step, const plan::Image& image, int64_t ch
   const int64_t width = step.x.width;
   const auto values = [&](int64_t h) { return image.tile + h % kSide * width * N; };
   const auto numbers = [&](int64_t h) { return values(h) + kSide * width * N; };
-  const Channels<N> next_row(static_cast<float>(kSide));
   pool_row<N, is_max, with_index>(x, step.x.pixel, width, values(0), numbers(0));
   for (int64_t h = 0; h < height; ++h) {
-    const int64_t begin = std::max<int64_t>(h - 1, 0);
-    const int64_t end = std::min(h + 2, height);
     if (h + 1 < height) {
       pool_row<N, is_max, with_index>(x + (h + 1) * step.x.row, step.x.pixel, width, values(h + 1), numbers(h + 1));
     }
-    for (int64_t w = 0; w < width; ++w) {
-      Best<N> best{Channels<N>(values(begin) + w * N), Channels<N>()};
-      Channels<N> before(static_cast<float>((begin - h + 1) * kSide));
-      if constexpr (with_index) {
-        best.number = add(Channels<N>(numbers(begin) + w * N), before);
+    const Rows rows(h, height);
+    switch_rows(rows, [&](auto count) {
+      const float* in[kSide];
+      Channels<N> before[kSide];
+      for (int i = 0; i < count; ++i) {
+        in[i] = values(rows.row(h) + i);
+        before[i] = Channels<N>(static_cast<float>((rows.first + i) * kSide));
       }
-      for (int64_t r = begin + 1; r < end; ++r) {
-        const Channels<N> value(values(r) + w * N);
+      float* out = output.data + h * output.row;
+      for (int64_t w = 0; w < width; ++w, out += output.pixel) {
+        const auto number = [&](int i) {
+          return with_index ? add(Channels<N>(in[i] + (kSide * width + w) * N), before[i]) : Channels<N>();
+        };
+        Best<N> best{Channels<N>(in[0] + w * N), number(0)};
+        for (int i = 1; i < count; ++i) {
+          const Channels<N> value(in[i] + w * N);
+          if constexpr (is_max) {
+            challenge<with_index>(best, value, number(i));
+          } else {
+            best.value = add(best.value, value);
+          }
+        }
         if constexpr (!is_max) {
-          best.value = add(best.value, value);
-        } else if constexpr (with_index) {
-          before = add(before, next_row);
-          challenge<true>(best, value, add(Channels<N>(numbers(r) + w * N), before));
-        } else {
-          challenge<false>(best, value, value);
+          best.value = multiply(best.value, Channels<N>(1 / count_of(step, rows, w, width)));
+        }
+        best.value.store(out);
+        moments.take(best.value);
+        if constexpr (with_index) {
+          store_bytes(best.number, output.index + (h * width + w) * output.channels);
         }
       }
-      if constexpr (!is_max) {
-        const int64_t columns = std::min(w + 2, width) - std::max<int64_t>(w - 1, 0);
-        const int64_t count = step.counts_padding ? kSide * kSide : (end - begin) * columns;
-        best.value = multiply(best.value, Channels<N>(1 / static_cast<float>(count)));
-      }
-      best.value.store(output.data + h * output.row + w * output.pixel);
-      moments.take(best.value);
-      if constexpr (with_index) {
-        store_bytes(best.number, output.index + (h * width + w) * output.channels);
-      }
-    }
+    });
     moments.end_row(width, h + 1 == height);
   }
 }
@@ -279,23 +332,36 @@ void spread_windows(const plan::PoolBackward& step, const plan::Image& image, co
   }
 }
 
-// One row of output gradients, ready to be collected: an empty pixel at either end; numbers as floats.
+// One row of output gradients, ready to be collected: an empty pixel at either end; numbers as floats. For the average,
+// each with its neighbours.
 template <int N, bool is_max>
 void prepare_row(
-    const plan::PoolBackward& step, const float* dy, const uint8_t* index, int64_t rows, float* values, float* numbers) {
+    const plan::PoolBackward& step,
+    const float* dy,
+    const uint8_t* index,
+    const Rows& rows,
+    float* values,
+    float* numbers) {
   const int64_t width = step.tile.width;
-  Channels<N>().store(values);
-  Channels<N>().store(values + (width + 1) * N);
-  for (int64_t w = 0; w < width; ++w) {
-    Channels<N> gradient(dy + w * step.tile.pixel);
-    if constexpr (is_max) {
+  if constexpr (is_max) {
+    Channels<N>().store(values);
+    Channels<N>().store(values + (width + 1) * N);
+    for (int64_t w = 0; w < width; ++w) {
+      Channels<N>(dy + w * step.tile.pixel).store(values + (w + 1) * N);
       load_bytes<N>(index + w * step.tile.channels).store(numbers + (w + 1) * N);
-    } else {
-      const int64_t columns = std::min(w + 2, width) - std::max<int64_t>(w - 1, 0);
-      const int64_t count = step.counts_padding ? kSide * kSide : rows * columns;
-      gradient = multiply(gradient, Channels<N>(1 / static_cast<float>(count)));
     }
-    gradient.store(values + (w + 1) * N);
+  } else {
+    const auto read = [&](int64_t w) {
+      return multiply(Channels<N>(dy + w * step.tile.pixel), Channels<N>(1 / count_of(step, rows, w, width)));
+    };
+    Channels<N> left;
+    Channels<N> here = read(0);
+    for (int64_t w = 0; w < width; ++w) {
+      const Channels<N> right = w + 1 < width ? read(w + 1) : Channels<N>();
+      add(add(left, here), right).store(values + (w + 1) * N);
+      left = here;
+      here = right;
+    }
   }
 }
 
@@ -309,35 +375,48 @@ void collect_separably(const plan::PoolBackward& step, const plan::Image& image,
   const int64_t length = (width + 2) * N;
   const auto values = [&](int64_t h) { return image.tile + h % kSide * length; };
   const auto prepare = [&](int64_t h) {
-    const int64_t rows = std::min(h + 2, height) - std::max<int64_t>(h - 1, 0);
     const uint8_t* bytes = is_max ? index + h * width * step.tile.channels + channel : nullptr;
     float* to = values(h);
-    prepare_row<N, is_max>(step, dy + h * step.tile.row, bytes, rows, to, to + kSide * length);
+    prepare_row<N, is_max>(step, dy + h * step.tile.row, bytes, Rows(h, height), to, to + kSide * length);
   };
   prepare(0);
   for (int64_t h = 0; h < height; ++h) {
     if (h + 1 < height) {
       prepare(h + 1);
     }
-    float* out = dx + h * step.dx.row;
-    for (int64_t w = 0; w < width; ++w, out += step.dx.pixel) {
-      Channels<N> sum(out);
-      for (int64_t r = std::max<int64_t>(h - 1, 0); r < std::min(h + 2, height); ++r) {
-        const float* row = values(r) + w * N;
-#pragma GCC unroll 3
-        for (int64_t j = 0; j < kSide; ++j, row += N) {
-          Channels<N> share(row);
-          if constexpr (is_max) {
-            // output pixel (r, w + j - 1) has this one at row h - r + 1, column 2 - j of its window
-            const Vec number(static_cast<float>((h - r + 1) * kSide + kSide - 1 - j));
-            const Channels<N> winner(row + kSide * length);
-            share = each([&](const Vec& g, const Vec& k) { return (k == number) & g; }, share, winner);
-          }
-          sum = add(sum, share);
+    const Rows rows(h, height);
+    switch_rows(rows, [&](auto count) {
+      const float* in[kSide];
+      // output pixel (row(h) + i, w + j - 1) has this one at row 2 - first - i, column 2 - j of its window
+      Vec numbers[kSide][kSide];
+      for (int i = 0; i < count; ++i) {
+        in[i] = values(rows.row(h) + i);
+        for (int j = 0; j < kSide; ++j) {
+          numbers[i][j] = Vec(static_cast<float>((2 - rows.first - i) * kSide + 2 - j));
         }
       }
-      sum.store(out);
-    }
+      float* out = dx + h * step.dx.row;
+      for (int64_t w = 0; w < width; ++w, out += step.dx.pixel) {
+        Channels<N> sum(out);
+        for (int i = 0; i < count; ++i) {
+          const float* row = in[i] + w * N;
+          if constexpr (is_max) {
+            for (int j = 0; j < kSide; ++j) {
+              const Channels<N> winner(row + kSide * length + j * N);
+              sum = add(
+                  sum,
+                  each(
+                      [&](const Vec& g, const Vec& k) { return (k == numbers[i][j]) & g; },
+                      Channels<N>(row + j * N),
+                      winner));
+            }
+          } else {
+            sum = add(sum, Channels<N>(row + N));
+          }
+        }
+        sum.store(out);
+      }
+    });
   }
 }
 

@@ -19,14 +19,10 @@ void plan_step(int64_t kind, const int64_t* fields, const plan::Image& image) {
       return plan_store(as<plan::Store>(fields), image);
     case plan::kStage:
       return plan_stage(as<plan::Stage>(fields), image);
-#ifdef HAS_plan_convolve
     case plan::kConvolve:
       return plan_convolve(as<plan::Convolve>(fields), image);
-#endif
-#ifdef HAS_plan_convolve_backward
     case plan::kConvolveBackward:
       return plan_convolve_backward(as<plan::ConvolveBackward>(fields), image);
-#endif
     case plan::kPool:
       return plan_pool(as<plan::Pool>(fields), image);
     case plan::kPoolBackward:
@@ -42,16 +38,12 @@ void plan_step(int64_t kind, const int64_t* fields, const plan::Image& image) {
   }
 }
 
-int64_t plan_tile(int64_t kind, const int64_t* fields, [[maybe_unused]] const int64_t* program) {
+int64_t plan_tile(int64_t kind, const int64_t* fields, const int64_t* program) {
   switch (kind) {
-#ifdef HAS_plan_convolve
     case plan::kConvolve:
       return plan_convolve_tile(as<plan::Convolve>(fields), program);
-#endif
-#ifdef HAS_plan_convolve_backward
     case plan::kConvolveBackward:
       return plan_convolve_backward_tile(as<plan::ConvolveBackward>(fields), program);
-#endif
     case plan::kPool:
       return plan_pool_tile(as<plan::Pool>(fields));
     case plan::kPoolBackward:
