@@ -20,8 +20,7 @@ constexpr int kParts = 4;
 
 // target (+)= constant + sum of kCount terms, over a rectangle of pixels.
 template <int kCount>
-void sum_parts(
-    const Part* parts, const float* constant, bool adds, const Rectangle& all, int64_t channels) {
+void sum_parts(const Part* parts, const float* constant, bool adds, const Rectangle& all, int64_t channels) {
   // few enough pixels at a time that every channel of theirs stays in the cache
   constexpr int64_t kColumns = 16;
   for (int64_t row = 0; row < all.rows; ++row) {
@@ -88,7 +87,8 @@ int64_t backward_rows(const plan::ConvolveBackward& step) {
 }
 
 // Pixel (top, left) of the gradient on, every step_h-th row and step_w-th column.
-Rectangle grid_rectangle(const plan::Grid& grid, const plan::Map& padded, const plan::Map& dx, const plan::Image& image) {
+Rectangle grid_rectangle(
+    const plan::Grid& grid, const plan::Map& padded, const plan::Map& dx, const plan::Image& image) {
   return {
       image.at(padded),
       padded.row,
@@ -130,8 +130,8 @@ void plan_convolve_backward(const plan::ConvolveBackward& step, const plan::Imag
   const bool separable = is_separable(step);
   const bool needs_gradient = step.gradient != plan::kNone;
   const bool needs_depthwise_gradient = step.depthwise_gradient != plan::kNone;
-  float* const gradient = image.gradients + step.gradient;
-  float* const depthwise_weights_gradient = image.gradients + step.depthwise_gradient;
+  float* const gradient = needs_gradient ? image.gradients + step.gradient : nullptr;
+  float* const spatial_gradient = needs_depthwise_gradient ? image.gradients + step.depthwise_gradient : nullptr;
   const plan::Tap* const depthwise_taps = step.depthwise_taps.in(image.program);
   const plan::Tap* const taps = step.taps.in(image.program);
   const Moments none(nullptr, nullptr, 0);
@@ -173,7 +173,8 @@ void plan_convolve_backward(const plan::ConvolveBackward& step, const plan::Imag
         depthwise({depthwise_taps, step.depthwise_taps.count, weights, x.channels, false}, between, none);
         // both lie without gaps
         const Rectangle flat{d_tile, 0, x.channels, dy_tile, 0, step.y_channels, 1, part.pixels()};
-        dense_gradient(flat, x.channels, step.y_channels, gradient + taps->weight * x.channels * step.y_channels);
+        const int64_t at = taps->weight * x.channels * step.y_channels;
+        dense_gradient(flat, x.channels, step.y_channels, gradient + at);
       }
       if (step.needs_input != 0 || needs_depthwise_gradient) {
         Rectangle back = part;
@@ -185,7 +186,7 @@ void plan_convolve_backward(const plan::ConvolveBackward& step, const plan::Imag
       }
     }
     if (needs_depthwise_gradient) {
-      depthwise_gradient(depthwise_taps, step.depthwise_taps.count, part, x.channels, depthwise_weights_gradient);
+      depthwise_gradient(depthwise_taps, step.depthwise_taps.count, part, x.channels, spatial_gradient);
     }
   }
   if (step.needs_input != 0) {

@@ -138,15 +138,14 @@ inline void depthwise_gradient_taps(const plan::Tap* taps, const Rectangle& all,
 
 inline void depthwise_gradient(
     const plan::Tap* taps, int64_t count, const Rectangle& all, int64_t channels, float* gradient) {
-  bands(all, [&](Rectangle part, bool) {
-    for (int64_t channel = 0; channel < channels; channel += kLane) {
-      tap_groups(count, [&](int64_t first, auto size) {
-        depthwise_gradient_taps<decltype(size)::value>(taps + first, part, channels, gradient + channel);
-      });
-      part.source += kLane;
-      part.target += kLane;
-    }
-  });
+  Rectangle part = all;
+  for (int64_t channel = 0; channel < channels; channel += kLane) {
+    tap_groups(count, [&](int64_t first, auto size) {
+      depthwise_gradient_taps<decltype(size)::value>(taps + first, part, channels, gradient + channel);
+    });
+    part.source += kLane;
+    part.target += kLane;
+  }
 }
 
 }  // namespace

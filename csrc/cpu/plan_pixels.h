@@ -1,4 +1,4 @@
-// Vectors of channels and the order in which the convolutions of a plan visit pixels. Included once per instruction set.
+// Vectors of channels, and the order in which convolutions visit pixels. Included once per instruction set.
 #pragma once
 
 #include <ATen/cpu/vec/vec.h>
@@ -43,7 +43,7 @@ struct Rectangle {
 // vector of channels after another is worked on.
 template <typename Visit>
 inline void bands(const Rectangle& all, const Visit& visit) {
-  const int64_t most = std::max<int64_t>(kTileFloats / (all.source_row + all.target_row), 1);
+  const int64_t most = std::max<int64_t>(2 * kTileFloats / (all.source_row + all.target_row), 1);
   Rectangle part = all;
   for (int64_t row = 0; row < all.rows; row += most) {
     part.source = all.source + row * all.source_row;
