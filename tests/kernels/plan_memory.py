@@ -150,6 +150,12 @@ class Memory:
         return total
 
 
+def strides(tensor: Tensor) -> tuple[int, int, int, int]:
+    """Those of a tensor (images, channels, height, width)."""
+    n, c, h, w = tensor.stride()
+    return n, c, h, w
+
+
 def spread(vector: Tensor) -> Tensor:
     """A per-channel vector that multiplies (images, channels, height, width)."""
     return vector[:, None, None]

@@ -34,7 +34,7 @@ from nascompile.kernels.plan.steps import (
     Upstream,
     Weighted,
 )
-from tests.kernels.plan_memory import Memory, empty, indexed, instruction_set, same, spread
+from tests.kernels.plan_memory import Memory, empty, indexed, instruction_set, same, spread, strides
 
 __all__ = ["instruction_set"]
 pytestmark = pytest.mark.usefixtures("instruction_set")
@@ -141,16 +141,18 @@ class Norm:
         self.y = memory.filled(16, (3, 5))
         self.channels = self.y.channels
         self.elements = memory.images * 15
-        padding = [c for c in range(self.channels) if c not in dict(map(reversed, indexed(SEGMENTS)))]
+        padding = [c for c in range(self.channels) if c not in [padded for _, padded in indexed(SEGMENTS)]]
         memory.view(self.y)[:, padding] = 0
         self.moments = memory.summed(2 * self.channels) if batch else NONE
         self.vectors = memory.take(4 * self.channels)
-        names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-        tensors = {name: tensor.detach() for name, tensor in self.module.state_dict().items()}
+        state = self.module.state_dict()
+        gamma, beta, mean, var, counter = (
+            memory.tensor(state[name].detach()) if name in state else NONE
+            for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+        )
         self.normalise = Normalise(
             *(self.moments, self.elements, 1e-3, -1.0 if momentum is None else momentum),
-            *(memory.tensor(tensors[name]) if name in tensors else NONE for name in names),
-            *(SEGMENTS, self.channels, self.vectors),
+            *(gamma, beta, mean, var, counter, SEGMENTS, self.channels, self.vectors),
         )
         measured = Combine((Term(self.y, NONE, NONE),), NONE, Activation.none, self.y, 0, self.moments)
         self.measure = Phase((), (measured,) if batch else ())
@@ -294,7 +296,7 @@ def test_what_does_not_fit_is_refused():
     memory = Memory(images=2, chunks=2)
     tensor = torch.zeros(2, 16, 3, 3)
     map = memory.map(16, (3, 3))
-    load = Load(memory.tensor(tensor), *tensor.stride(), ((0, 16, 0),), map, 0)
+    load = Load(memory.tensor(tensor), *strides(tensor), ((0, 16, 0),), map, 0)
     weights = memory.tensor(torch.zeros(16, 16, 3, 3).contiguous(memory_format=torch.channels_last))
     program = memory.program(Phase((), (load,)))
     encoded = encode(program)
@@ -302,7 +304,7 @@ def test_what_does_not_fit_is_refused():
     work = empty(program.work + 32)
 
     def refuse(message: str, **other: Any) -> None:
-        arguments = {"encoded": encoded, "slab": memory.slab, "work": work, "flags": flags}
+        arguments: dict[str, Any] = {"encoded": encoded, "slab": memory.slab, "work": work, "flags": flags}
         arguments |= {"tensors": memory.tensors, **other}
         with pytest.raises(RuntimeError, match=message):
             plan_run.run(program, **arguments)

@@ -20,7 +20,7 @@ from nascompile.kernels.plan.steps import (
     Term,
     Unstage,
 )
-from tests.kernels.plan_memory import SIZES, Memory, indexed, instruction_set, same, spread
+from tests.kernels.plan_memory import SIZES, Memory, indexed, instruction_set, same, spread, strides
 
 __all__ = ["instruction_set"]
 pytestmark = pytest.mark.usefixtures("instruction_set")
@@ -63,8 +63,8 @@ def test_load_and_store(size, adds, layout):
     target = mixed_map(memory, 48, size, 3 if adds else 0)
     before = memory.view(target).clone()
     memory.run_steps(
-        Load(memory.tensor(tensor), *tensor.stride(), segments, target, adds),
-        Store(memory.tensor(out), *out.stride(), segments, target),
+        Load(memory.tensor(tensor), *strides(tensor), segments, target, adds),
+        Store(memory.tensor(out), *strides(out), segments, target),
     )
     expected = before if adds else torch.zeros_like(before)
     stored = torch.full_like(out, -1)
@@ -146,7 +146,7 @@ def test_combine_of_one_kind_of_map_in_place_of_the_sum():
     memory.view(target).fill_(7)
     terms = tuple(Term(map, NONE, NONE) for map in maps)
     memory.run_steps(Combine(terms, NONE, Activation.none, target, 0, NONE))
-    same(memory.view(target), sum(memory.view(map).double() for map in maps))
+    same(memory.view(target), torch.stack([memory.view(map).double() for map in maps]).sum(0))
 
 
 @pytest.mark.parametrize(("images", "chunks"), BATCHES)

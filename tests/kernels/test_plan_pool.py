@@ -41,7 +41,7 @@ class Case:
             self.function = lambda x: avg_pool2d(x, kernel, stride, padding, False, bool(counts_padding))
         self.x = self.memory.filled(channels, size, pixel=pixel)
         out = self.function(self.memory.view(self.x))
-        self.y = self.memory.map(channels, tuple(out.shape[2:]), pixel=pixel)
+        self.y = self.memory.map(channels, (out.shape[2], out.shape[3]), pixel=pixel)
         self.bytes = self.y.height * self.y.width * self.y.channels
         self.index_image = -(-self.bytes // 64) * 16
         self.index = self.memory.take(3 * self.index_image)
