@@ -64,8 +64,7 @@ class _Reader:
             reason = self._why_not(node)
             self.supported[node] = reason is None
             if reason and isinstance(node.target, LoweredChoice):
-                notes = gm.meta["notes"]
-                notes.setdefault(node.target.path, f"not part of a region: {reason}")
+                gm.meta.setdefault("outside", {})[node.target.path] = reason
 
     def _why_not(self, node: fx.Node) -> str | None:
         if isinstance(node.target, LoweredLayerChoice):
@@ -146,11 +145,23 @@ def why_not_operation(gm: Any, node: fx.Node) -> str | None:
         except Unsupported as reason:
             return str(reason)
         return None
+    if node.op == "call_function" and node.target is operator.getitem:
+        return _why_not_crop(node)
     if node.op == "call_function" and node.target in _FUNCTIONS:
         return None
     if node.op == "call_method" and node.target in _METHODS:
         return None
     return f"{node.name} ({node.target}) is not understood by regions"
+
+
+def _why_not_crop(node: fx.Node) -> str | None:
+    index = node.args[1]
+    whole = slice(None, None, None)
+    if isinstance(index, tuple) and index[:2] == (whole, whole):
+        return None
+    if all(user.target is torch.zeros_like for user in node.users):
+        return None
+    return f"{node.name} takes some samples or channels only"
 
 
 def _depths(gm: fx.GraphModule, reader: _Reader) -> dict[fx.Node, int]:
@@ -222,7 +233,7 @@ def _replace(gm: fx.GraphModule, reader: _Reader, nodes: list[fx.Node], number: 
     )
     with gm.graph.inserting_after(nodes[-1]):
         call = gm.graph.call_function(region, tuple(inputs))
-    results = [call]
+    results = [call] if outputs else []
     if len(outputs) > 1:
         with gm.graph.inserting_after(call):
             results = [gm.graph.call_function(operator.getitem, (call, i)) for i in range(len(outputs))]

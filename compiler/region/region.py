@@ -106,7 +106,7 @@ class Region:
         for key in decisions.vectors:
             for index in range(choice_length(self.choices, key)):
                 slots[Weight(key, index)] = len(slots)
-        wanted = self._wanted(graph, tensors, decisions) if grad else None
+        wanted = self._wanted(graph, tensors, decisions) if grad and graph.outputs else None
         if wanted is not None and not (any(wanted.inputs) or wanted.parameters or wanted.decision):
             wanted = None
         settings = Settings(

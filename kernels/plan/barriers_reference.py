@@ -65,9 +65,8 @@ def unpack_dense(state: State, op: UnpackDense) -> None:
 
 def normalise(state: State, op: Normalise) -> None:
     if op.moments == NONE:
-        mean, variance = (
-            _spread(state, at, op.segments, op.channels) for at in (op.running_mean, op.running_var)
-        )
+        mean = _spread(state, op.running_mean, op.segments, op.channels)
+        variance = _spread(state, op.running_var, op.segments, op.channels, 1.0)
     else:
         sums = state.sums[op.moments : op.moments + 2 * op.channels].view(2, op.channels)
         mean = sums[0] / op.elements

@@ -369,7 +369,7 @@ class Normalise:
     squares] over `elements` values a channel) batch statistics, and running statistics are updated where given:
     running = (1 - momentum) * running + momentum * batch, the variance unbiased; momentum < 0 means the average over
     all batches, by the counter (int64 tensor), which is incremented first. Without moments the running statistics are
-    used. gamma, beta, mean, var, counter: tensor numbers or NONE. Padded channels get zeros in scale and shift.
+    used, or mean 0 and variance 1 where there are none. gamma, beta, mean, var, counter: tensor numbers or NONE. Padded channels get zeros in scale and shift.
     `out`: slab offset of [mean][inverse][scale][shift].
     """
 
