@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks import kernels, lean
+from benchmarks import kernels, lean, linear_choices
 from benchmarks.timing import keep_memory, machine
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -30,6 +30,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 SUITES: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
     "kernels": kernels.rows,
     "lean": lean.rows,
+    "linear_choices": linear_choices.rows,
 }
 TIMES = ("median", "p20", "p80")
 COLUMNS = ("suite", "name", "case", "peer", *TIMES, "ratio", "wrong")

@@ -6,10 +6,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
-from nascompile.compiler.decision import Selection, reduce_outputs, weigh
+from nascompile.compiler.chains import Member
+from nascompile.compiler.decision import Selection, combine, reduce_outputs, weigh
+from nascompile.compiler.groups import Group
 from nascompile.compiler.guards import has_hooks
+from nascompile.compiler.merging import pick
 from nascompile.compiler.mutables import InputChoice, LayerChoice
 from nascompile.compiler.mutator import BaseMutator, Mutator
 from nascompile.compiler.patterns import Pattern
@@ -91,11 +94,13 @@ class LoweredChoice:
 
 
 class LoweredLayerChoice(LoweredChoice):
-    """Runs the chosen candidates, each from its shared prefix where it has one."""
+    """Runs the chosen candidates, each from its shared prefix where it has one; `groups` are computed
+    together."""
 
     def __init__(self, choice: LayerChoice, path: str) -> None:
         super().__init__(choice, path)
         self.bodies: list[Body | None] = [None] * len(choice)
+        self.groups: tuple[Group, ...] = ()
 
     def __call__(self, shared: Sequence[Shared | None], *args: Any, **kwargs: Any) -> Any:
         choice: LayerChoice = self.choice  # type: ignore[assignment]
@@ -110,9 +115,52 @@ class LoweredLayerChoice(LoweredChoice):
                 weighed = [weigh(output, selection.weight(k), choice.key) for k, output in runs]
                 out = reduce_outputs(weighed, choice.reduction, choice.key, self._names(selection))
             else:
-                outputs = [self._run(k, shared[k], args, kwargs) for k in selection.indices]
-                out = self._combine(outputs, selection)
+                out = self._run_fused(shared, args, kwargs, selection)
         return (out, mask) if choice.return_mask else out
+
+    def _run_fused(
+        self,
+        shared: Sequence[Shared | None],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        chosen: Selection,
+    ) -> Any:
+        ready = [] if kwargs or len(args) != 1 else self._together(shared, args[0], chosen)
+        if not ready:
+            return self._combine([self._run(k, shared[k], args, kwargs) for k in chosen.indices], chosen)
+        taken = {member.index for _, _, members in ready for member in members}
+        rest = [k for k in chosen.indices if k not in taken]
+        outputs = [self._run(k, shared[k], args, kwargs) for k in rest]
+        weights: Tensor = chosen.weights  # type: ignore[assignment]
+        weights = weights.to(ready[0][1].device)
+        if self.choice.reduction == "mean":
+            weights = weights / (len(taken) + sum(output is not None for output in outputs))
+        terms = [
+            group.pattern.after(x, members, pick(weights, [member.index for member in members]))
+            for group, x, members in ready
+        ]
+        if outputs and self.pattern is not None and self.pattern.why_not_tensors([*terms, *outputs]) is None:
+            return combine([*terms, self.pattern.after(outputs, pick(weights, rest), "sum")], "sum")
+        key, names = self.choice.key, candidate_names(self.choice)
+        weighed = [weigh(output, weights[k], key) for output, k in zip(outputs, rest, strict=True)]
+        first = [members[0].index for _, _, members in ready]
+        return reduce_outputs([*terms, *weighed], "sum", key, [names[k] for k in (*first, *rest)])
+
+    def _together(
+        self, shared: Sequence[Shared | None], source: Any, chosen: Selection
+    ) -> list[tuple[Group, Any, list[Member]]]:
+        """The groups of which several candidates take part, with the value they start from."""
+        found = []
+        for group in self.groups if chosen.weights is not None else ():
+            members = group.chosen(chosen.indices)
+            if len(members) < 2:
+                continue
+            prefix = shared[members[0].index]
+            x = source if prefix is None else prefix.get()
+            members = group.suited(x, members)
+            if members:
+                found.append((group, x, members))
+        return found
 
     def _run(self, index: int, shared: Shared | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         body = self.bodies[index]

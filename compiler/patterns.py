@@ -1,4 +1,4 @@
-"""The one table of fusions: two ordinary functions, before and after, and in words when the second may not be
+"""The tables of fusions: two ordinary functions, before and after, and in words when the second may not be
 used."""
 
 from __future__ import annotations
@@ -8,11 +8,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from nascompile.compiler import batching, merging
+from nascompile.compiler.chains import Member
 from nascompile.compiler.decision import reduce_outputs, weigh
 from nascompile.compiler.space import Choice
 from nascompile.kernels.mixed_sum import mixed_sum
 
 Combine = Callable[[Sequence[Tensor], Tensor, str], Tensor]
+Compute = Callable[[Tensor, Sequence[Member], Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,22 @@ class Pattern:
     after: Combine
     why_not: Callable[[Choice], str | None]
     why_not_tensors: Callable[[Sequence[object]], str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class GroupPattern:
+    """A rewrite of several candidates of a layer choice together with their part of the weighted sum.
+
+    `before` and `after` take the value that the candidates start from, those that are chosen, and their
+    weights, and compute the same. `groups` says which candidates go together; `why_not_now` why some of a
+    group do not for one value.
+    """
+
+    name: str
+    before: Compute
+    after: Compute
+    groups: Callable[[Sequence[Member]], list[tuple[Member, ...]]]
+    why_not_now: Callable[[Tensor, Sequence[Member]], str | None]
 
 
 def weighted_sum(outputs: Sequence[Tensor], weights: Tensor, reduction: str) -> Tensor:
@@ -72,5 +91,23 @@ PATTERNS = (
         after=fused_weighted_sum,
         why_not=_why_not_sum,
         why_not_tensors=_why_not_tensors,
+    ),
+)
+
+# in this order: a candidate belongs to the first that takes it
+GROUPS = (
+    GroupPattern(
+        name="merge",
+        before=merging.before,
+        after=merging.after,
+        groups=merging.groups,
+        why_not_now=merging.why_not_now,
+    ),
+    GroupPattern(
+        name="batch",
+        before=merging.before,
+        after=batching.after,
+        groups=batching.groups,
+        why_not_now=batching.why_not_now,
     ),
 )
