@@ -79,7 +79,12 @@ def buffers_of(graph: Graph) -> list[TensorRef]:
 
 
 class Execution:
-    """A plan, and everything that is the same in all its runs."""
+    """A plan, and everything that is the same in all its runs.
+
+    The tensors of a run stand in one list: inputs, parameters, running statistics, decision, then outputs, or the
+    outputs' gradients and all that is asked for. `_forward` and `_backward` are the programs' tensors by their place
+    in it.
+    """
 
     def __init__(self, plan: Plan, wanted: Wanted | None) -> None:
         self.plan, self.wanted = plan, wanted
@@ -90,13 +95,23 @@ class Execution:
         directions = [d for d in (plan.forward, plan.backward) if d is not None]
         self.work = new_memory(max(direction.program.work for direction in directions))
         self._flags: dict[frozenset[Weight], tuple[Tensor, list[bool]]] = {}
+        sources = [("input", index) for index in range(len(plan.graph.sources))]
+        self._frozen = [ref for ref in _running_of(plan.graph) if ref not in set(self.buffers)]
+        common = [*sources, *self.parameters, *self.buffers, *self._frozen, "decision"]
+        outputs = range(len(plan.graph.outputs))
+        self._forward = _places([*common, *(("output", index) for index in outputs)], plan.forward)
+        self.gradients = [*self.parameters, *sources]
+        if plan.backward is not None:
+            asked = [("grad", ref) for ref in self.parameters] + [("grad input", i) for _, i in sources]
+            names = [*common, *(("grad output", index) for index in outputs), *asked, "grad decision"]
+            self._backward = _places(names, plan.backward)
 
     def suits(self, grad: bool) -> bool:
         """Whether the parameters are still what the plan was made for."""
-        wants = grad and any(ref.value.requires_grad for ref in self.parameters)
+        parameters = [ref.value for ref in self.parameters]
+        wants = grad and any(parameter.requires_grad for parameter in parameters)
         has = self.wanted is not None and self.wanted.parameters
-        shapes = [ref.value.shape for ref in self.parameters]
-        return wants == has and shapes == self.shapes
+        return wants == has and [parameter.shape for parameter in parameters] == self.shapes
 
     def flags(self, chosen: frozenset[Weight]) -> tuple[Tensor, list[bool]]:
         """The flags under a decision."""
@@ -110,107 +125,127 @@ class Execution:
         return found
 
     def forward(
-        self, slab: Tensor, chosen: frozenset[Weight], tensors: dict[Any, Tensor], buffers: dict[Any, Tensor]
+        self, slab: Tensor, chosen: frozenset[Weight], known: Sequence[Tensor], *, updates: bool = True
     ) -> list[Tensor]:
-        """Run the forward program; `buffers` are the running statistics, updated in place."""
+        """Run the forward program on inputs, parameters and decision; without `updates` on copies of the running
+        statistics."""
         outputs = [self._new_like(value.shape) for value in self.plan.graph.outputs]
-        known = {**tensors, **buffers, **{("output", index): out for index, out in enumerate(outputs)}}
-        self._run(self.plan.forward, slab, chosen, known)
+        self._run(self.plan.forward, self._forward, slab, chosen, [*self._common(known, updates), *outputs])
+        if updates and self.buffers:
+            # the executor wrote to them behind autograd's back
+            torch.autograd.graph.increment_version([ref.value for ref in self.buffers])
         return outputs
 
-    def _new_like(self, shape: tuple[int, ...]) -> Tensor:
-        settings = self.plan.settings
-        memory = torch.channels_last if settings.channels_last else torch.contiguous_format
-        return torch.empty((settings.images, *shape), dtype=torch.float32, memory_format=memory)
+    def _common(self, known: Sequence[Tensor], updates: bool) -> list[Tensor]:
+        buffers = [ref.value if updates else ref.value.clone() for ref in self.buffers]
+        return [*known[:-1], *buffers, *(ref.value for ref in self._frozen), known[-1]]
 
-    def backward(
-        self,
-        slab: Tensor,
-        chosen: frozenset[Weight],
-        tensors: dict[Any, Tensor],
-        grads: Sequence[Tensor],
-    ) -> dict[Any, Tensor]:
-        """Run the backward program: the gradients by TensorRef, ("input", i) and "decision"; absent ones are None."""
-        direction = self.plan.backward
-        assert direction is not None
-        known: dict[Any, Tensor] = dict(tensors)
-        found: dict[Any, Tensor] = {}
-        settings = self.plan.settings
-        memory = torch.channels_last if settings.channels_last else torch.contiguous_format
-        for index, grad in enumerate(grads):
-            known["grad output", index] = grad.contiguous(memory_format=memory)
-        values = self.flags(chosen)[1]
-        for what, flag in self.plan.reached.items():
-            if flag == NEVER or (flag >= 0 and not values[flag]):
-                continue
-            if isinstance(what, TensorRef):
-                found[what] = torch.empty(self._shape_of[what], dtype=torch.float32)
-            else:
-                found[what] = self._new_like(self.plan.graph.sources[what[1]].shape)
-        if "grad decision" in direction.tensors:
-            found["decision"] = torch.zeros(len(settings.slots), dtype=torch.float32)
-        empty = torch.empty(0)
-        for what in direction.tensors:
-            if isinstance(what, tuple) and what[0] in ("grad", "grad input"):
-                key = what[1] if what[0] == "grad" else ("input", what[1])
-                known[what] = found.get(key, empty)
-            elif what == "grad decision":
-                known[what] = found["decision"]
-        self._run(direction, slab, chosen, known)
-        return found
+    def _new_like(self, shape: tuple[int, ...]) -> Tensor:
+        return torch.empty(
+            (self.plan.settings.images, *shape), dtype=torch.float32, memory_format=self.memory_format
+        )
 
     @property
-    def _shape_of(self) -> dict[TensorRef, torch.Size]:
-        return dict(zip(self.parameters, self.shapes, strict=True))
+    def memory_format(self) -> torch.memory_format:
+        """That of inputs and outputs."""
+        return torch.channels_last if self.plan.settings.channels_last else torch.contiguous_format
+
+    def backward(
+        self, slab: Tensor, chosen: frozenset[Weight], known: Sequence[Tensor], grads: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """Run the backward program: the gradients of the decision, the inputs and the parameters, None for those that
+        the decision does not reach."""
+        direction = self.plan.backward
+        assert direction is not None
+        dense = [grad.contiguous(memory_format=self.memory_format) for grad in grads]
+        values = self.flags(chosen)[1]
+        has = [self._is_reached(what, values) for what in self.gradients]
+        count = len(self.parameters)
+        empty = torch.empty(0)
+        reached = [shape for shape, there in zip(self.shapes, has[:count], strict=True) if there]
+        pieces = iter(_pieces(reached))
+        parameters = [next(pieces) if there else empty for there in has[:count]]
+        inputs = [
+            self._new_like(value.shape) if there else empty
+            for value, there in zip(self.plan.graph.sources, has[count:], strict=True)
+        ]
+        decision = torch.zeros(len(self.plan.settings.slots), dtype=torch.float32)
+        tensors = [*self._common(known, True), *dense, *parameters, *inputs, decision]
+        self._run(direction, self._backward, slab, chosen, tensors)
+        found = zip([*parameters, *inputs], has, strict=True)
+        gradients = [tensor if there else None for tensor, there in found]
+        wants = self.wanted is not None and self.wanted.decision
+        return [decision if wants else None, *gradients[count:], *gradients[:count]]
+
+    def _is_reached(self, what: Any, values: Sequence[bool]) -> bool:
+        flag = self.plan.reached.get(what, NEVER)
+        return flag != NEVER and (flag < 0 or values[flag])
 
     def _run(
-        self, direction: Direction, slab: Tensor, chosen: frozenset[Weight], known: dict[Any, Tensor]
+        self,
+        direction: Direction,
+        places: Sequence[int],
+        slab: Tensor,
+        chosen: frozenset[Weight],
+        tensors: Sequence[Tensor],
     ) -> None:
-        tensors = [known[what] if what in known else what.value for what in direction.tensors]
-        run(direction.program, direction.encoded, slab, self.work, self.flags(chosen)[0], tensors)
+        taken = [tensors[place] for place in places]
+        run(direction.program, direction.encoded, slab, self.work, self.flags(chosen)[0], taken)
+
+
+def _places(names: Sequence[Any], direction: Direction) -> list[int]:
+    numbers = {name: number for number, name in enumerate(names)}
+    return [numbers[what] for what in direction.tensors]
+
+
+def _pieces(shapes: Sequence[torch.Size]) -> Sequence[Tensor]:
+    """New tensors of these shapes in one piece of memory: a thousand allocations cost more than the step's sums."""
+    sizes = [shape.numel() for shape in shapes]
+    flat = torch.empty(sum(sizes), dtype=torch.float32)
+    return [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
+
+
+def _running_of(graph: Graph) -> list[TensorRef]:
+    """All running statistics that a region reads or updates, each once."""
+    refs = (
+        ref
+        for value in graph.values
+        if isinstance(value.op, Norm)
+        for ref in (value.op.running_mean, value.op.running_var, value.op.counter)
+        if ref is not None
+    )
+    return list(dict.fromkeys(refs))
 
 
 def call(
     execution: Execution, decisions: Decisions, tensors: Sequence[Tensor], fallback: Callable[..., Any]
 ) -> tuple[Tensor, ...]:
     """The outputs of a region, with gradients where autograd wants them."""
-    vectors = [decisions.vectors[key] for key in decisions.vectors]
+    vectors = list(decisions.vectors.values())
     decision = torch.cat(vectors) if vectors else torch.empty(0)
     parameters = [ref.value for ref in execution.parameters]
-    if execution.wanted is None:
-        lease = execution.memory.lease()
-        known = _known(execution, tensors, parameters, decision)
-        assert lease.slab is not None
-        with torch.no_grad():
-            outputs = execution.forward(lease.slab, decisions.chosen, known, _running(execution))
-        _mark_changed(execution)
-        lease.give_back()
-        return tuple(outputs)
-    return RunPlan.apply(execution, decisions, fallback, decision, *tensors, *parameters)
+    if execution.wanted is not None:
+        return RunPlan.apply(execution, decisions, fallback, decision, *tensors, *parameters)
+    lease = execution.memory.lease()
+    with torch.no_grad():
+        known = _known(execution, decision, tensors, parameters)
+        outputs = execution.forward(_slab(lease), decisions.chosen, known)
+    lease.give_back()
+    return tuple(outputs)
 
 
 def _known(
-    execution: Execution, tensors: Sequence[Tensor], parameters: Sequence[Tensor], decision: Tensor
-) -> dict[Any, Tensor]:
-    settings = execution.plan.settings
-    memory = torch.channels_last if settings.channels_last else torch.contiguous_format
-    known: dict[Any, Tensor] = {"decision": decision.detach()}
-    for index, tensor in enumerate(tensors):
-        known["input", index] = tensor.detach().contiguous(memory_format=memory)
-    for ref, parameter in zip(execution.parameters, parameters, strict=True):
-        known[ref] = parameter.detach() if parameter.is_contiguous() else parameter.detach().contiguous()
-    return known
+    execution: Execution, decision: Tensor, tensors: Sequence[Tensor], parameters: Sequence[Tensor]
+) -> list[Tensor]:
+    """Inputs, parameters and decision as the executor wants them in memory."""
+    inputs = [tensor.contiguous(memory_format=execution.memory_format) for tensor in tensors]
+    dense = [parameter if parameter.is_contiguous() else parameter.contiguous() for parameter in parameters]
+    return [*inputs, *dense, decision]
 
 
-def _running(execution: Execution) -> dict[Any, Tensor]:
-    return {ref: ref.value for ref in execution.buffers}
-
-
-def _mark_changed(execution: Execution) -> None:
-    """The executor wrote to the running statistics behind autograd's back."""
-    changed = [ref.value for ref in execution.buffers]
-    if changed:
-        torch.autograd.graph.increment_version(changed)
+def _slab(lease: Lease) -> Tensor:
+    assert lease.slab is not None
+    return lease.slab
 
 
 class RunPlan(torch.autograd.Function):
@@ -219,12 +254,11 @@ class RunPlan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, execution: Execution, decisions: Decisions, fallback: Any, *args: Tensor) -> Any:
         decision, *rest = args
-        count = len(rest) - len(execution.parameters)
-        ctx.execution, ctx.decisions, ctx.fallback, ctx.count = execution, decisions, fallback, count
+        ctx.execution, ctx.decisions, ctx.fallback = execution, decisions, fallback
+        ctx.count = len(rest) - len(execution.parameters)
         ctx.lease = execution.memory.lease()
-        known = _known(execution, rest[:count], rest[count:], decision)
-        outputs = execution.forward(ctx.lease.slab, decisions.chosen, known, _running(execution))
-        _mark_changed(execution)
+        known = _known(execution, decision, rest[: ctx.count], rest[ctx.count :])
+        outputs = execution.forward(_slab(ctx.lease), decisions.chosen, known)
         ctx.save_for_backward(*args)
         return tuple(outputs)
 
@@ -232,22 +266,17 @@ class RunPlan(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         decision, *rest = ctx.saved_tensors
         if torch.is_grad_enabled():
-            found = _differentiable(ctx, decision, rest, grads)
-            return (None, None, None, *found)
+            return (None, None, None, *_differentiable(ctx, decision, rest, grads))
         execution, chosen = ctx.execution, ctx.decisions.chosen
-        known = _known(execution, rest[: ctx.count], rest[ctx.count :], decision)
+        known = _known(execution, decision, rest[: ctx.count], rest[ctx.count :])
         if ctx.lease.slab is None:
             # the first backward has used the memory up
             ctx.lease = execution.memory.lease()
-            execution.forward(
-                ctx.lease.slab, chosen, known, {ref: ref.value.clone() for ref in execution.buffers}
-            )
-        found = execution.backward(ctx.lease.slab, chosen, known, grads)
+            execution.forward(_slab(ctx.lease), chosen, known, updates=False)
+        found = execution.backward(_slab(ctx.lease), chosen, known, grads)
         ctx.lease.give_back()
         needed = ctx.needs_input_grad[3:]
-        keys = ["decision", *(("input", i) for i in range(ctx.count)), *execution.parameters]
-        results = (found.get(key) if needs else None for key, needs in zip(keys, needed, strict=True))
-        return (None, None, None, *results)
+        return (None, None, None, *(g if needs else None for g, needs in zip(found, needed, strict=True)))
 
 
 def _differentiable(ctx: Any, decision: Tensor, rest: list[Tensor], grads: Sequence[Tensor]) -> list[Any]:

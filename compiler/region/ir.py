@@ -76,7 +76,7 @@ class Conv:
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """BatchNorm, or with `is_bias` the addition of a bias (beta).
+    """BatchNorm; without any statistics the addition of a bias (beta).
 
     `by_batch`: whether it uses the statistics of the batch. `first`: the norm's first channel, where it is part of a
     norm over concatenated values. momentum < 0 is a cumulative average.
@@ -92,7 +92,6 @@ class Norm:
     epsilon: float
     momentum: float
     first: int = 0
-    is_bias: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +191,3 @@ class Graph:
         elif found.owners is not None:
             found.owners.add(owner)
         return found
-
-    def live(self) -> list[Value]:
-        """The values in order. Everything a program computes is kept: running statistics change even if unused."""
-        return self.values

@@ -88,7 +88,7 @@ def _conv(graph: Graph, module: Any, x: Value, owner: Weight | None) -> Value:
     if module.bias is None:
         return out
     require_fp32(module.bias)
-    bias = Norm(None, TensorRef(module, "bias"), *(None,) * 3, False, False, 0.0, 0.0, is_bias=True)
+    bias = Norm(None, TensorRef(module, "bias"), *(None,) * 3, False, False, 0.0, 0.0)
     return graph.add(bias, (out,), out.shape, owner)
 
 
