@@ -23,6 +23,7 @@ PACKAGES = {
     "nascompile": "nascompile",
     "nascompile.compiler": "compiler",
     "nascompile.compiler.passes": "compiler/passes",
+    "nascompile.compiler.region": "compiler/region",
     "nascompile.kernels": "kernels",
     "nascompile.kernels.plan": "kernels/plan",
     "nascompile.runtime": "runtime",

@@ -82,8 +82,8 @@ class Candidate:
     prefixes.
 
     `body(candidate, value)` computes the rest from the prefix's value. `read` and `looked_into` are the
-    attributes and modules that the reading took for granted, by path inside the candidate. `graph` is the whole
-    candidate; a built-in module is one call of "self".
+    attributes and modules that the reading took for granted, by path inside the candidate. `graph` is the
+    whole candidate; a built-in module is one call of "self".
     """
 
     prefix: tuple[fx.Node, ...]

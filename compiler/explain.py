@@ -315,6 +315,10 @@ def _compiled_how(compiled: CompiledModel) -> dict[str, str]:
             reason = notes.get(choice.path)
             plain = f"traced, not fused: {reason}" if reason else "traced"
             how[choice.path] = plain if choice.pattern is None else f"fused: {choice.pattern.name}"
+        for region in entry.regions:
+            for choice in region.choices:
+                reason = notes.get(region.__name__)
+                how[choice.path] = f"{region.__name__} {reason}" if reason else f"fused: {region.__name__}"
     return how
 
 

@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from nascompile.compiler.candidates import Candidate, read_once
 from nascompile.compiler.codegen import as_function, graph_module
+from nascompile.compiler.groups import find_groups
 from nascompile.compiler.guards import HOOKS, Guards
 from nascompile.compiler.inplace import base_of, changed_values, is_in_place
 from nascompile.compiler.lower import LoweredChoice, LoweredInputChoice, LoweredLayerChoice
@@ -30,12 +31,13 @@ _WORKERS = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d)
 
 
 def fuse_regions(gm: fx.GraphModule) -> int:
-    """Replace connected parts of the graph that contain choices by calls of a Region; the count is of regions.
+    """Replace connected parts of the graph that contain choices by calls of a Region; the count is of
+    regions.
 
-    Legal because a region computes the same function from the same tensors: a plan with the same gradients, buffers
-    and decisions at run time, or where it cannot be made the very nodes it replaces. A part is convex: no path leaves
-    it and comes back. What is read of modules becomes a guard. Not done around values that something else changes in
-    place.
+    Legal because a region computes the same function from the same tensors: a plan with the same gradients,
+    buffers and decisions at run time, or where it cannot be made the very nodes it replaces. A part is
+    convex: no path leaves it and comes back. What is read of modules becomes a guard. Not done around values
+    that something else changes in place.
     """
     reader = _Reader(gm)
     depth = _depths(gm, reader)
@@ -94,8 +96,19 @@ class _Reader:
             if reason is not None:
                 return f"candidate {name!r}: {reason}"
             found.append((module, candidate))
+        if self._is_merged(choice, [candidate for _, candidate in found]):
+            return "its candidates are merged into one convolution"
         self.candidates[target] = found
         return None
+
+    def _is_merged(self, choice: Any, candidates: Sequence[Candidate]) -> bool:
+        """Whether convolutions of the choice become a single one, which is better than any plan."""
+        pairs = zip(candidates, choice, strict=True)
+        if sum(_is_affine(candidate, module) for candidate, module in pairs) < 2:
+            return False
+        prefixes = [None] * len(choice)
+        groups, _ = find_groups(choice, prefixes, self.gm.meta["guards"], self.known)
+        return any(group.pattern.name == "merge" for group in groups)
 
     def _why_not_candidate(self, module: nn.Module, candidate: Candidate) -> str | None:
         # candidates of equal structure are one object
@@ -114,6 +127,16 @@ class _Reader:
         if not isinstance(parts, list | tuple) or not all(isinstance(part, fx.Node) for part in parts):
             return "takes something else than a list of images"
         return None
+
+
+def _is_affine(candidate: Candidate, module: nn.Module) -> bool:
+    kinds = (nn.Conv2d, nn.BatchNorm2d, nn.Identity)
+    inside = _Inside(module)
+    steps = [step for step in candidate.graph.nodes if step.op not in ("placeholder", "output")]
+    return bool(steps) and all(
+        step.op == "call_module" and isinstance(inside.get_submodule(str(step.target)), kinds)
+        for step in steps
+    )
 
 
 def _why_not_choice(choice: Any) -> str | None:
@@ -217,17 +240,18 @@ def _replace(gm: fx.GraphModule, reader: _Reader, nodes: list[fx.Node], number: 
     modules = {
         str(node.target): gm.get_submodule(str(node.target)) for node in nodes if node.op == "call_module"
     }
-    candidates = {
-        node.target: reader.candidates[node.target] for node in nodes if node.target in reader.candidates
-    }
+    targets = [node.target for node in nodes if isinstance(node.target, LoweredChoice)]
+    candidates = {target: reader.candidates[target] for target in targets if target in reader.candidates}
     _guard(gm, modules, candidates)
     # the region keeps a graph of its own; the nodes leave this one
     copied, mapping = _copy(nodes, inputs, outputs)
     region = Region(
         f"region_{number}",
         modules,
-        *([mapping[node] for node in group] for group in (nodes, inputs, outputs)),
-        candidates,  # type: ignore[arg-type]
+        [mapping[node] for node in nodes],
+        [mapping[node] for node in inputs],
+        [mapping[node] for node in outputs],
+        candidates,
         _Fallback(gm, copied),
         gm.meta["notes"],
     )

@@ -20,8 +20,8 @@ from nascompile.compiler.region.ir import Weight
 class Decisions:
     """selections: by key. is_weighted: for every choice. chosen: the candidates that take part.
 
-    vectors: for every key with weights, in order, the weights of all its candidates in fp32; of a mean they are
-    already divided by the number chosen. None where choices of one key are reduced in different ways.
+    vectors: for every key with weights, in order, the weights of all its candidates in fp32; of a mean they
+    are already divided by the number chosen. None where choices of one key are reduced in different ways.
     """
 
     selections: dict[str, Selection]
@@ -60,7 +60,7 @@ def read_decisions(choices: Sequence[LoweredChoice]) -> Decisions | str:
             return f"choices of the key {choice.key!r} differ in length"
         if not selections[choice.key].indices:
             return f"the decision chooses nothing for {choice.key!r}"
-        if is_layer and any(choice[index] is None for index in selections[choice.key].indices):  # type: ignore[index]
+        if is_layer and any(choice[index] is None for index in selections[choice.key].indices):
             return f"a candidate of {choice.key!r} that is None is chosen"
     weighted = tuple(selections[t.choice.key].weights is not None for t in choices)
     chosen = frozenset(Weight(key, index) for key, s in selections.items() for index in s.indices)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from nascompile.compiler.mutables import forced_mutator
-from nascompile.compiler.region.backward import Wanted
 from nascompile.compiler.region.decisions import Decided, Decisions
 from nascompile.compiler.region.flags import NEVER, as_tensor
+from nascompile.compiler.region.gradients import Wanted
 from nascompile.compiler.region.ir import Conv, Graph, Norm, TensorRef, Weight
 from nascompile.compiler.region.plan import Direction, Plan
 from nascompile.kernels.plan.program import ALIGNMENT
@@ -81,9 +81,9 @@ def buffers_of(graph: Graph) -> list[TensorRef]:
 class Execution:
     """A plan, and everything that is the same in all its runs.
 
-    The tensors of a run stand in one list: inputs, parameters, running statistics, decision, then outputs, or the
-    outputs' gradients and all that is asked for. `_forward` and `_backward` are the programs' tensors by their place
-    in it.
+    The tensors of a run stand in one list: inputs, parameters, running statistics, decision, then outputs, or
+    the outputs' gradients and all that is asked for. `_forward` and `_backward` are the programs' tensors by
+    their place in it.
     """
 
     def __init__(self, plan: Plan, wanted: Wanted | None) -> None:
@@ -127,8 +127,8 @@ class Execution:
     def forward(
         self, slab: Tensor, chosen: frozenset[Weight], known: Sequence[Tensor], *, updates: bool = True
     ) -> list[Tensor]:
-        """Run the forward program on inputs, parameters and decision; without `updates` on copies of the running
-        statistics."""
+        """Run the forward program on inputs, parameters and decision; without `updates` on copies of the
+        running statistics."""
         outputs = [self._new_like(value.shape) for value in self.plan.graph.outputs]
         self._run(self.plan.forward, self._forward, slab, chosen, [*self._common(known, updates), *outputs])
         if updates and self.buffers:
@@ -153,8 +153,8 @@ class Execution:
     def backward(
         self, slab: Tensor, chosen: frozenset[Weight], known: Sequence[Tensor], grads: Sequence[Tensor]
     ) -> list[Tensor | None]:
-        """Run the backward program: the gradients of the decision, the inputs and the parameters, None for those that
-        the decision does not reach."""
+        """Run the backward program: the gradients of the decision, the inputs and the parameters, None for
+        those that the decision does not reach."""
         direction = self.plan.backward
         assert direction is not None
         dense = [grad.contiguous(memory_format=self.memory_format) for grad in grads]
@@ -199,7 +199,8 @@ def _places(names: Sequence[Any], direction: Direction) -> list[int]:
 
 
 def _pieces(shapes: Sequence[torch.Size]) -> Sequence[Tensor]:
-    """New tensors of these shapes in one piece of memory: a thousand allocations cost more than the step's sums."""
+    """New tensors of these shapes in one piece of memory: a thousand allocations cost more than the step's
+    sums."""
     sizes = [shape.numel() for shape in shapes]
     flat = torch.empty(sum(sizes), dtype=torch.float32)
     return [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
@@ -249,7 +250,8 @@ def _slab(lease: Lease) -> Tensor:
 
 
 class RunPlan(torch.autograd.Function):
-    """The region as one operation of autograd. A second backward, and one that is itself differentiated, recompute."""
+    """The region as one operation of autograd. A second backward, and one that is itself differentiated,
+    recompute."""
 
     @staticmethod
     def forward(ctx: Any, execution: Execution, decisions: Decisions, fallback: Any, *args: Tensor) -> Any:
@@ -280,7 +282,8 @@ class RunPlan(torch.autograd.Function):
 
 
 def _differentiable(ctx: Any, decision: Tensor, rest: list[Tensor], grads: Sequence[Tensor]) -> list[Any]:
-    """The gradients as functions of everything, for `create_graph=True`: by autograd, through the region op by op."""
+    """The gradients as functions of everything, for `create_graph=True`: by autograd, through the region op
+    by op."""
     execution = ctx.execution
     selections, at = {}, 0
     for key, selection in ctx.decisions.selections.items():

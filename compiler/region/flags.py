@@ -1,4 +1,4 @@
-"""Run-time flags: which steps and terms of a plan take part under a decision. Decisions are data, plans stay."""
+"""Run-time flags: which steps and terms of a plan take part under a decision. The plan itself stays."""
 
 from __future__ import annotations
 

@@ -1,16 +1,11 @@
-"""From the values of a region to the tasks of its forward pass.
-
-A value is stored as a map only where it has to be: a normalisation that only sums or one convolution read is applied
-where it is read, an activation in front of convolutions likewise, a depthwise convolution followed by a pointwise one
-is never stored.
-"""
+"""From the values of a region to the tasks of its forward pass."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
 from typing import Any
 
+from nascompile.compiler.region.convolutions import flops, make_convolve
 from nascompile.compiler.region.flags import ALWAYS, Flags
 from nascompile.compiler.region.ir import (
     Act,
@@ -28,221 +23,38 @@ from nascompile.compiler.region.ir import (
     Weight,
     Zero,
 )
-from nascompile.compiler.region.memory import Buffer, Place, new_place
+from nascompile.compiler.region.memory import Buffer, Place
 from nascompile.compiler.region.settings import Settings
+from nascompile.compiler.region.storage import ConvOf, Segments, Storage, Stored, TermOf
 from nascompile.compiler.region.tasks import Staged, Summed, Task, TaskList
 from nascompile.kernels.plan.steps import (
     NONE,
     Activation,
     Coefficients,
     Combine,
-    Convolve,
     Load,
-    Map,
     Normalise,
     PackDense,
     PackDepthwise,
     Pool,
-    Stage,
     Store,
-    Tap,
     Term,
     Weighted,
 )
 
-Segments = tuple[tuple[int, int, int], ...]
 
-
-@dataclass(eq=False, slots=True)
-class TermOf:
-    """One term of a stored sum: weight * value, where the value is a map, normalised or not."""
-
-    value: Value
-    norm: Value | None
-    weight: Weight | None
-    flag: int
-    coefficient: Buffer | None
-
-
-@dataclass(eq=False, slots=True)
-class Stored:
-    """A value made by Combine: its terms, and what is applied to their sum."""
-
-    terms: list[TermOf]
-    constant: Buffer | None
-    activation: Activation
-
-
-@dataclass(eq=False, slots=True)
-class ConvOf:
-    """A convolution step: the value whose map it writes, what it reads, and its packed weights.
-
-    `depthwise` is set where a depthwise part comes first (or is all there is); `dense` is the dense or pointwise part.
-    """
-
-    value: Value
-    source: Value
-    staged: Staged
-    staged_norm: Value | None
-    crop: tuple[int, int]
-    depthwise: Conv | None
-    dense: Conv | None
-    depthwise_weights: Buffer | None
-    weights: Buffer | None
-    transposed: Buffer | None
-
-    @property
-    def taps_of(self) -> Conv:
-        """The part that reads the image."""
-        part = self.depthwise or self.dense
-        assert part is not None
-        return part
-
-
-class Forward:
+class Forward(Storage):
     """Builds the forward tasks and keeps what the backward pass has to know."""
 
     def __init__(self, graph: Graph, settings: Settings, flags: Flags) -> None:
-        self.graph, self.settings, self.flags = graph, settings, flags
+        super().__init__(graph, settings, flags)
         self.tasks = TaskList()
-        self.buffers: list[Buffer] = []
-        self.places: dict[Value, Place] = {}
-        self.stored: dict[Value, Stored] = {}
-        self.convs: dict[Value, ConvOf] = {}
-        self.vectors: dict[Value, Buffer] = {}
-        self.indices: dict[Value, Buffer] = {}
-        self.moments: dict[Value, int] = {}
-        self.tensors: list[Any] = []
-        self._numbers: dict[Hashable, int] = {}
         self._packed: dict[TensorRef, tuple[Buffer | None, Buffer | None]] = {}
         self._packers: dict[TensorRef, list[Value]] = {}
-        self.sums = 0
-        self._outputs = set(graph.outputs)
-        self._parts = self._placed_parts()
         for value in graph.values:
             self._lower(value)
         for index, value in enumerate(graph.outputs):
             self._store(index, value)
-
-    # ---- what is stored ----------------------------------------------------------------------------------------------
-
-    def is_lazy_norm(self, value: Value) -> bool:
-        """Whether a normalisation is applied by its readers."""
-        if not isinstance(value.op, Norm) or value in self._outputs or not value.users:
-            return False
-        if all(isinstance(user.op, Sum) for user in value.users):
-            return True
-        return len(value.users) == 1 and isinstance(value.users[0].op, Conv | Act)
-
-    def is_staged_act(self, value: Value) -> bool:
-        """Whether an activation is applied while convolutions read."""
-        if not isinstance(value.op, Act) or value in self._outputs or not value.users:
-            return False
-        return all(_is_read_by_convolutions(user) for user in value.users)
-
-    def is_merged_sum(self, value: Value) -> bool:
-        """Whether a sum is part of the one sum that reads it."""
-        if not isinstance(value.op, Sum) or len(value.users) != 1 or value in self._outputs:
-            return False
-        user = value.users[0]
-        if isinstance(user.op, Act):
-            return not self.is_staged_act(user)
-        if not isinstance(user.op, Sum) or user.inputs.count(value) > 1:
-            return False
-        return user.op.terms[user.inputs.index(value)].weight is None
-
-    def is_fused_depthwise(self, value: Value) -> bool:
-        """Whether a depthwise convolution is computed inside the pointwise one that reads it."""
-        if not isinstance(value.op, Conv) or not value.op.is_depthwise or value in self._outputs:
-            return False
-        users = value.users
-        return len(users) == 1 and isinstance(users[0].op, Conv) and users[0].op.is_pointwise
-
-    def _placed_parts(self) -> dict[Value, tuple[Value, int]]:
-        """The values that are computed right into a concatenation: which, and their first padded channel."""
-        parts: dict[Value, tuple[Value, int]] = {}
-        for cat in self.graph.values:
-            if not isinstance(cat.op, Cat):
-                continue
-            first = 0
-            for part in cat.inputs:
-                # a part that others read as well must be there whenever they are
-                alone = cat.owners is None or len(part.users) == 1
-                free = part not in parts and cat.inputs.count(part) == 1 and alone
-                if free and isinstance(part.op, Sum | Norm | Act | Conv | PoolOp):
-                    parts[part] = (cat, first)
-                first += self._padded(part.channels)
-        return parts
-
-    def _padded(self, channels: int) -> int:
-        return -(-channels // self.settings.lane) * self.settings.lane
-
-    def segments(self, value: Value) -> Segments:
-        """Where the channels of a value lie in its map."""
-        if isinstance(value.op, Cat):
-            found, logical, padded = [], 0, 0
-            for part in value.inputs:
-                found.append((logical, part.channels, padded))
-                logical += part.channels
-                padded += self._padded(part.channels)
-            return tuple(found)
-        if isinstance(value.op, Act | Crop | Norm):
-            return (
-                self.segments(value.inputs[0])
-                if not isinstance(value.op, Norm)
-                else ((0, value.channels, 0),)
-            )
-        return ((0, value.channels, 0),)
-
-    # ---- memory ------------------------------------------------------------------------------------------------------
-
-    def vector(self, name: str, floats: int) -> Buffer:
-        """A new buffer that lives throughout."""
-        buffer = Buffer(name, floats, True)
-        self.buffers.append(buffer)
-        return buffer
-
-    def new_map(self, value: Value, name: str) -> Place:
-        """A map of the size of the value."""
-        channels = sum(self._padded(count) for _, count, _ in self.segments(value))
-        place = new_place(name, self.settings.images, channels, *value.shape[1:])
-        if isinstance(value.op, Cat):
-            place.buffer.borders = [padded for _, _, padded in self.segments(value)]
-        self.buffers.append(place.buffer)
-        return place
-
-    def place(self, value: Value) -> Place:
-        """The map of a value that is stored."""
-        if value not in self.places:
-            if value in self._parts:
-                cat, first = self._parts[value]
-                self.places[value] = self.place(cat).part(first, self._padded(value.channels))
-            else:
-                self.places[value] = self.new_map(value, f"v{value.number}")
-        return self.places[value]
-
-    def tensor(self, what: Hashable) -> int:
-        """The number of a tensor: a TensorRef, or ("input", i), ("output", i), "decision"."""
-        if what not in self._numbers:
-            self._numbers[what] = len(self.tensors)
-            self.tensors.append(what)
-        return self._numbers[what]
-
-    def optional(self, ref: TensorRef | None) -> int:
-        return NONE if ref is None else self.tensor(ref)
-
-    def new_sums(self, count: int) -> int:
-        """An offset in the sums."""
-        self.sums += count
-        return self.sums - count
-
-    def flag(self, value: Value) -> int:
-        """When the value is computed."""
-        if value.owners is None:
-            return ALWAYS
-        return self.flags.any_of(self.flags.chosen(owner) for owner in value.owners)
-
-    # ---- tasks -------------------------------------------------------------------------------------------------------
 
     def _lower(self, value: Value) -> None:
         op = value.op
@@ -266,10 +78,10 @@ class Forward:
         elif isinstance(op, Cat):
             self._concatenate(value)
         elif isinstance(op, Crop):
-            if any(not isinstance(user.op, Conv) for user in value.users) or value in self._outputs:
+            if any(not isinstance(user.op, Conv) for user in value.users) or value in self.outputs:
                 raise Unsupported("a crop is read by something else than a convolution")
         elif isinstance(op, Zero) and (
-            value in self._outputs or any(not isinstance(u.op, Sum) for u in value.users)
+            value in self.outputs or any(not isinstance(u.op, Sum) for u in value.users)
         ):
             raise Unsupported("zeros are read by something else than a sum")
 
@@ -310,7 +122,8 @@ class Forward:
     def staged(
         self, value: Value, padding: tuple[int, int]
     ) -> tuple[Value, Staged, Value | None, tuple[int, int]]:
-        """What a convolution that reads `value` really reads: the stored value, how, its normalisation, the crop."""
+        """What a convolution that reads `value` really reads: the stored value, how, its normalisation, the
+        crop."""
         crop, activation, norm = (0, 0), Activation.none, None
         if isinstance(value.op, Crop):
             crop, value = (value.op.top, value.op.left), value.inputs[0]
@@ -355,12 +168,12 @@ class Forward:
         packed = [b for b in (one.depthwise_weights, one.weights) if b is not None]
         self._step(
             f"convolve {value.number}",
-            lambda maps: _make_convolve(one, maps["x"], place.map(), moments),
+            lambda maps: make_convolve(one, maps["x"], place.map(), moments),
             reads=(*staged.source.cells(), *packed, *(() if staged.vectors is None else (staged.vectors,))),
             writes=(*place.cells(), *sums),
             flag=self.flag(value),
             staged=staged,
-            work=_work(one),
+            work=flops(one),
         )
 
     def _pack_depthwise(self, op: Conv, channels: int, segments: Segments, value: Value) -> Buffer:
@@ -472,7 +285,7 @@ class Forward:
                     f"{part.channels} channels are concatenated, not a multiple of {self.settings.lane}"
                 )
         for part, (_, _, first) in zip(value.inputs, self.segments(value), strict=True):
-            if self._parts.get(part) == (value, first):
+            if self.parts.get(part) == (value, first):
                 continue
             source, target = self.place(part), whole.part(first, self._padded(part.channels))
             self._step(
@@ -566,60 +379,3 @@ class Forward:
             [*(t.coefficient for t in rows), *(() if constant is None else (constant,))],
             self.flag(value),
         )
-
-
-def _is_read_by_convolutions(value: Value) -> bool:
-    if isinstance(value.op, Crop):
-        return all(isinstance(user.op, Conv) for user in value.users)
-    return isinstance(value.op, Conv)
-
-
-def taps(op: Conv, row: int, pixel: int, crop: tuple[int, int]) -> tuple[Tap, ...]:
-    """Where a convolution reads, from the first pixel of its window."""
-    return tuple(
-        Tap(
-            (i * op.dilation[0] - op.padding[0] + crop[0]) * row
-            + (j * op.dilation[1] - op.padding[1] + crop[1]) * pixel,
-            i * op.kernel[1] + j,
-        )
-        for i in range(op.kernel[0])
-        for j in range(op.kernel[1])
-    )
-
-
-def conv_fields(one: ConvOf, x: Map) -> dict[str, Any]:
-    """The fields that Convolve and ConvolveBackward have in common."""
-    reading = taps(one.taps_of, x.row, x.pixel, one.crop)
-    has_depthwise = one.depthwise is not None
-    pointwise = (Tap(0, 0),) if one.dense is not None else ()
-    return {
-        "x": x,
-        "stride_h": one.taps_of.stride[0],
-        "stride_w": one.taps_of.stride[1],
-        "depthwise_taps": reading if has_depthwise else (),
-        "depthwise_weights": NONE if one.depthwise_weights is None else one.depthwise_weights.offset,
-        "taps": pointwise if has_depthwise else reading,
-    }
-
-
-def _make_convolve(one: ConvOf, x: Map, y: Map, moments: int) -> Convolve:
-    weights = NONE if one.weights is None else one.weights.offset
-    return Convolve(y=y, weights=weights, moments=moments, **conv_fields(one, x))
-
-
-def _work(one: ConvOf) -> int:
-    pixels = one.value.shape[1] * one.value.shape[2]
-    inputs = one.source.channels
-    depthwise = 0 if one.depthwise is None else one.depthwise.kernel[0] * one.depthwise.kernel[1] * inputs
-    dense = (
-        0 if one.dense is None else one.dense.kernel[0] * one.dense.kernel[1] * inputs * one.value.channels
-    )
-    return 2 * pixels * (depthwise + dense)
-
-
-def make_stage(staged: Staged, target: Map, flag: int) -> Stage:
-    """The step that stages an image."""
-    channels = staged.source.channels
-    at = NONE if staged.vectors is None else staged.vectors.offset
-    vectors = (NONE, NONE) if at == NONE else (at + 2 * channels, at + 3 * channels)
-    return Stage(staged.source.map(), *vectors, staged.activation, target, flag=flag)

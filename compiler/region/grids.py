@@ -1,7 +1,8 @@
-"""The input gradient of a convolution as stride-one convolutions of the output's gradient, one a class of pixels.
+"""The input gradient of a convolution as stride-one convolutions of the output's gradient, one a class of
+pixels.
 
-With stride s, input pixel h receives from output row r by tap i where h = r*s - p + i*d, so the pixels with equal
-remainder modulo s have the same taps, and read neighbouring rows.
+With stride s, input pixel h receives from output row r by tap i where h = r*s - p + i*d, so the pixels with
+equal remainder modulo s have the same taps, and read neighbouring rows.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from nascompile.kernels.plan.steps import Grid, Map, Tap
 
 
 def input_grids(op: Conv, crop: tuple[int, int], size: tuple[int, int], padded: Map) -> tuple[Grid, ...]:
-    """Grids that cover every pixel of an input of `size` once; taps are offsets in `padded`, the output's gradient.
+    """Grids that cover every pixel of an input of `size` once; taps are offsets in `padded`, the output's
+    gradient.
 
     `crop`: the first row and column of the input that the convolution sees.
     """
@@ -34,7 +36,8 @@ def input_grids(op: Conv, crop: tuple[int, int], size: tuple[int, int], padded: 
 
 
 def _taps(op: Conv, axis: int, first: int, crop: int) -> Iterator[tuple[int, int]]:
-    """(tap, output row that pixel `first` receives from by it); the k-th pixel of the class reads k rows further."""
+    """(tap, output row that pixel `first` receives from by it); the k-th pixel of the class reads k rows
+    further."""
     for tap in range(op.kernel[axis]):
         reach = first - crop + op.padding[axis] - tap * op.dilation[axis]
         if reach % op.stride[axis] == 0:

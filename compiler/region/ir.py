@@ -1,7 +1,7 @@
 """What a region computes: a small graph of image operations, read from the fx graph, equal values merged.
 
-Merging equal values is the sharing of parameter-free candidates and common prefixes: two edges that pool the same
-source pool it once, and each normalisation keeps its own running statistics.
+Merging equal values is the sharing of parameter-free candidates and common prefixes: two edges that pool the
+same source pool it once, and each normalisation keeps its own running statistics.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ class Conv:
 class Norm:
     """BatchNorm; without any statistics the addition of a bias (beta).
 
-    `by_batch`: whether it uses the statistics of the batch. `first`: the norm's first channel, where it is part of a
-    norm over concatenated values. momentum < 0 is a cumulative average.
+    `by_batch`: whether it uses the statistics of the batch. `first`: the norm's first channel, where it is
+    part of a norm over concatenated values. momentum < 0 is a cumulative average.
     """
 
     gamma: TensorRef | None
@@ -132,7 +132,7 @@ class Zero:
 
 @dataclass(frozen=True, slots=True)
 class TermInfo:
-    """How a term enters a sum: its weight, or None for one, and the decisions without which it is left out."""
+    """How a term enters a sum: its weight, or None for one, and what must be chosen for it to take part."""
 
     weight: Weight | None
     needs: tuple[Weight, ...]
@@ -151,8 +151,8 @@ Shape = tuple[int, int, int]
 
 @dataclass(eq=False, slots=True)
 class Value:
-    """One image: (channels, height, width). `owners`: the decisions that ask for it, or None where it is always
-    computed."""
+    """One image: (channels, height, width). `owners`: the decisions that ask for it, or None where it is
+    always computed."""
 
     op: Op
     inputs: tuple[Value, ...]
@@ -176,7 +176,8 @@ class Graph:
         self.sources = [self.add(Source(index), (), shape, None) for index, shape in enumerate(sources)]
 
     def add(self, op: Op, inputs: Iterable[Value], shape: Shape, owner: Weight | None) -> Value:
-        """The value of `op`, a known one if there is an equal one. `owner`: the decision that asks, None: always."""
+        """The value of `op`, a known one if there is an equal one. `owner`: the decision that asks, None:
+        always."""
         inputs = tuple(inputs)
         key = (op, shape, tuple(value.number for value in inputs))
         found = self._known.get(key)

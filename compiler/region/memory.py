@@ -10,12 +10,14 @@ from nascompile.kernels.plan.program import ALIGNMENT, aligned
 from nascompile.kernels.plan.steps import NONE, Map, Space
 
 _STAGGER = 5 * ALIGNMENT
-"""Floats between neighbouring maps: buffers that begin at equal places of a page evict one another from the cache."""
+"""Floats between neighbouring maps: buffers that begin at equal places of a page evict one another from the
+cache."""
 
 
 @dataclass(eq=False, slots=True)
 class Buffer:
-    """Floats in the slab. `first` and `last` are the phases between which they are used; vectors live throughout."""
+    """Floats in the slab. `first` and `last` are the phases between which they are used; vectors live
+    throughout."""
 
     name: str
     floats: int
@@ -74,7 +76,8 @@ def new_place(name: str, images: int, channels: int, height: int, width: int) ->
 
 
 def lay_out(buffers: Iterable[Buffer]) -> int:
-    """Give every buffer its offset; those that are never used at one time may share memory. Returns the floats."""
+    """Give every buffer its offset; those that are never used at one time may share memory. Returns the
+    floats."""
     buffers = list(buffers)
     top = 0
     for buffer in buffers:

@@ -1,4 +1,5 @@
-"""The modules and functions that a region understands, as operations on images. Raises Unsupported with the reason."""
+"""The modules and functions that a region understands, as operations on images. Raises Unsupported with the
+reason."""
 
 from __future__ import annotations
 
@@ -79,7 +80,7 @@ def _conv(graph: Graph, module: Any, x: Value, owner: Weight | None) -> Value:
         module.out_channels,
         tuple(module.kernel_size),
         tuple(module.stride),
-        padding,  # type: ignore[arg-type]
+        padding,
         tuple(module.dilation),
     )
     reach = [d * (k - 1) + 1 for d, k in zip(op.dilation, op.kernel, strict=True)]
@@ -88,7 +89,7 @@ def _conv(graph: Graph, module: Any, x: Value, owner: Weight | None) -> Value:
     if module.bias is None:
         return out
     require_fp32(module.bias)
-    bias = Norm(None, TensorRef(module, "bias"), *(None,) * 3, False, False, 0.0, 0.0)
+    bias = Norm(None, TensorRef(module, "bias"), None, None, None, False, False, 0.0, 0.0)
     return graph.add(bias, (out,), out.shape, owner)
 
 

@@ -1,4 +1,5 @@
-"""A plan: the programs of a region, forward and backward, for one batch size, mode and set of wanted gradients."""
+"""A plan: the programs of a region, forward and backward, for one batch size, mode and set of wanted
+gradients."""
 
 from __future__ import annotations
 
@@ -11,9 +12,11 @@ from typing import Any
 
 from torch import Tensor
 
-from nascompile.compiler.region.backward import Backward, Wanted
+from nascompile.compiler.region.backward import Backward
+from nascompile.compiler.region.convolutions import make_stage
 from nascompile.compiler.region.flags import Flags
-from nascompile.compiler.region.forward import Forward, make_stage
+from nascompile.compiler.region.forward import Forward
+from nascompile.compiler.region.gradients import Wanted
 from nascompile.compiler.region.ir import Graph
 from nascompile.compiler.region.memory import Buffer, lay_out
 from nascompile.compiler.region.settings import Settings
@@ -178,7 +181,10 @@ def _steps(tasks: Sequence[Task], scratch: _Scratch, flags: Flags) -> tuple[list
             assert staged is not None
             maps["dx"] = _begin_gather(staged, run, scratch, flags, found, names)
         for task in run:
-            own = {name: scratch.get(name, *geometry) for name, *geometry in task.scratch}
+            own = {
+                name: scratch.get(name, channels, height, width, border)
+                for name, channels, height, width, border in task.scratch
+            }
             found.append(_with_flag(task.make({**maps, **own}), task.flag))
             names.append(task.name)
         if gather is not None:
@@ -225,11 +231,18 @@ def _end_gather(
     assert gather is not None
     channels = staged.source.channels
     at = NONE if staged.vectors is None else staged.vectors.offset
-    vectors = (NONE, NONE) if at == NONE else (at + 2 * channels, at + 3 * channels)
+    scale, shift = (NONE, NONE) if at == NONE else (at + 2 * channels, at + 3 * channels)
+    target = gather.target.map()
     found.append(
         Unstage(
-            *(gradient, staged.source.map(), *vectors, staged.activation),
-            *(gather.target.map(), int(gather.adds), gather.moments),
+            gradient,
+            staged.source.map(),
+            scale,
+            shift,
+            staged.activation,
+            target,
+            int(gather.adds),
+            gather.moments,
             flag=_any(flags, run),
         )
     )

@@ -1,4 +1,5 @@
-"""A region as a function in the graph: runs its plan where it can, and its own graph op by op where it cannot."""
+"""A region as a function in the graph: runs its plan where it can, and its own graph op by op where it
+cannot."""
 
 from __future__ import annotations
 
@@ -10,9 +11,9 @@ from torch import Tensor, fx, nn
 
 from nascompile.compiler.candidates import Candidate
 from nascompile.compiler.lower import LoweredChoice
-from nascompile.compiler.region.backward import Wanted
 from nascompile.compiler.region.decisions import Decisions, choice_length, read_decisions
 from nascompile.compiler.region.execution import Execution, call, parameters_of
+from nascompile.compiler.region.gradients import Wanted
 from nascompile.compiler.region.ir import Unsupported, Weight
 from nascompile.compiler.region.plan import Plan, build
 from nascompile.compiler.region.read import read
@@ -149,12 +150,12 @@ def why_not_now(tensors: Sequence[Any]) -> str | None:
         return "takes batches of different sizes"
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on"
-    functorch: Any = torch._C._functorch
+    functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
     if functorch.maybe_current_level() is not None or torch._C._len_torch_dispatch_stack() > 0:
         return "a transformation of functions or a dispatch mode is active"
     if torch._C._get_tracing_state() is not None or torch.compiler.is_compiling():
         return "the program is being traced"
-    autograd: Any = torch._C._autograd
+    autograd: Any = torch._C._autograd  # type: ignore[attr-defined]
     if autograd._top_saved_tensors_default_hooks(True) is not None:
         return "hooks on saved tensors are active"
     return why_not_native(torch.device("cpu"))

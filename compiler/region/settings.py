@@ -11,9 +11,9 @@ from nascompile.compiler.region.ir import Conv, Graph, Shape, Weight
 class Settings:
     """images: samples; chunks: threads; lane: channels are padded to a multiple of it.
 
-    channels_last: the memory format of inputs and outputs. borders: by (padded channels, height, width), the zeros
-    that convolutions read around such an image; one border for all, so that they can share scratch memory. slots: the
-    place of every weight in the decision tensor.
+    channels_last: the memory format of inputs and outputs. borders: by (padded channels, height, width), the
+    zeros that convolutions read around such an image; one border for all, so that they can share scratch
+    memory. slots: the place of every weight in the decision tensor.
     """
 
     images: int

@@ -1,7 +1,7 @@
 """Tasks: the steps and barrier operations of a plan before they have an order, and how they get one.
 
-A task says what it reads and writes. Two steps on one image may share a phase in their order; what is summed over the
-batch is there one phase later.
+A task says what it reads and writes. Two steps on one image may share a phase in their order; what is summed
+over the batch is there one phase later.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from nascompile.kernels.plan.steps import Activation, Map, Space
 class Staged:
     """An image that convolutions read: activation(scale * source + shift), surrounded by zeros.
 
-    `scale` is the buffer of a normalisation's vectors, or None. Where nothing needs to be done to the source it is
-    read where it lies (`is_direct`).
+    `scale` is the buffer of a normalisation's vectors, or None. Where nothing needs to be done to the source
+    it is read where it lies (`is_direct`).
     """
 
     source: Place
@@ -50,7 +50,7 @@ class Staged:
 
 @dataclass(frozen=True, slots=True)
 class Gather:
-    """Where the gradient of a staged image goes: added to `target` or written there; `moments` as in Unstage."""
+    """Where the gradient of a staged image goes: added or written to `target`; `moments` as in Unstage."""
 
     target: Place
     adds: bool
@@ -61,9 +61,9 @@ class Gather:
 class Task:
     """`make` gives the operation once memory is laid out, from the scratch maps it asked for (by name).
 
-    `staged`: the image it reads, scratch map "x"; `gather`: where the gradient of that image goes, scratch map "dx".
-    scratch: further maps, (name, channels, height, width, border). `name` and `work` (FLOPs for one image) are for
-    people.
+    `staged`: the image it reads, scratch map "x"; `gather`: where the gradient of that image goes, scratch
+    map "dx". scratch: further maps, (name, channels, height, width, border). `name` and `work` (FLOPs for one
+    image) are for people.
     """
 
     name: str
@@ -169,7 +169,7 @@ class _Seen:
 
 
 def _after(phases: list[int], task: Task, late: bool) -> int:
-    """The first phase for a task next to others: what comes first of a step and a barrier operation decides."""
+    """The first phase for a task next to others, steps and barrier operations."""
     step, barrier = phases
     if late:
         # the others run later: a barrier operation after a step needs a phase of its own
@@ -179,7 +179,7 @@ def _after(phases: list[int], task: Task, late: bool) -> int:
 
 
 def in_phase(tasks: Sequence[Task]) -> tuple[list[Task], list[Task]]:
-    """The barrier operations and the steps of one phase, ordered; steps on one staged image stand together."""
+    """The barrier operations and the steps of a phase, ordered; steps on one staged image stand together."""
     barriers = [task for task in tasks if task.is_barrier]
     steps = [task for task in tasks if not task.is_barrier]
     waits = {id(task): 0 for task in steps}

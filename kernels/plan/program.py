@@ -31,8 +31,8 @@ class Phase:
 class Program:
     """What `run` carries out.
 
-    images: samples in the batch; chunks: threads they are shared out among; lane: channels are padded to a multiple
-    of it. sums (fp64), gradients and scratch (fp32): sizes of a chunk's work memory.
+    images: samples in the batch; chunks: threads they are shared out among; lane: channels are padded to a
+    multiple of it. sums (fp64), gradients and scratch (fp32): sizes of a chunk's work memory.
     """
 
     phases: tuple[Phase, ...]
@@ -58,10 +58,11 @@ def aligned(count: int) -> int:
 def encode(program: Program) -> Tensor:
     """The program as an int64 tensor; csrc/plan.h says how to read it.
 
-    Header: version, images, chunks, lane, sums, gradients, scratch, number of phases, position of the first. A phase
-    is (number of barriers, position of their positions, number of steps, position of theirs). An operation is its
-    kind (index in BARRIERS or STEPS), its flag, then its fields in order: a float as the bits of a double, a structure
-    as its fields, a tuple as its length and the position of its items, which lie one after another.
+    Header: version, images, chunks, lane, sums, gradients, scratch, number of phases, position of the first.
+    A phase is (number of barriers, position of their positions, number of steps, position of theirs). An
+    operation is its kind (index in BARRIERS or STEPS), its flag, then its fields in order: a float as the
+    bits of a double, a structure as its fields, a tuple as its length and the position of its items, which
+    lie one after another.
     """
     words: list[int] = [0] * 9
     table = []

@@ -1,7 +1,7 @@
 """The definition of every step in plain torch: carries out a program for the whole batch, in any dtype.
 
-Slow and simple. It serves the tests (in fp64) and machines without the extension. Maps are strided views of the slab;
-scratch has a copy for every image.
+Slow and simple. It serves the tests (in fp64) and machines without the extension. Maps are strided views of
+the slab; scratch has a copy for every image.
 """
 
 from __future__ import annotations

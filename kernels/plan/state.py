@@ -13,12 +13,13 @@ from nascompile.kernels.plan.steps import Map, Space
 
 
 class State:
-    """The memory of one run. One chunk's sums and gradients stand for all chunks; scratch has one part an image."""
+    """The memory of one run. One chunk's sums and gradients stand for all chunks; scratch has one part an
+    image."""
 
     def __init__(self, program: Program, slab: Tensor, flags: Tensor, tensors: Sequence[Tensor]) -> None:
         self.program = program
         self.slab = slab
-        self.tensors = tensors
+        self.tensors = list(tensors)
         self.sums = torch.zeros(program.sums, dtype=torch.float64)
         self.gradients = slab.new_zeros(program.gradients)
         self.scratch_size = aligned(program.scratch)

@@ -1,16 +1,18 @@
-"""The steps a plan is made of. A plan computes a region of a network, forward or backward, over one slab of memory.
+"""The steps a plan is made of. A plan computes a region of a network, forward or backward, over one slab of
+memory.
 
-A program is a list of phases. A phase first runs its barrier operations, once; then its steps, image after image:
-images are shared out among chunks (one per thread), and each chunk runs all steps of the phase for one image before
-it goes on to its next one. So a step may use what an earlier step of its phase wrote for the same image, and a
-barrier may use what earlier phases summed over the whole batch.
+A program is a list of phases. A phase first runs its barrier operations, once; then its steps, image after
+image: images are shared out among chunks (one per thread), and each chunk runs all steps of the phase for one
+image before it goes on to its next one. So a step may use what an earlier step of its phase wrote for the
+same image, and a barrier may use what earlier phases summed over the whole batch.
 
-Memory, all fp32 unless said otherwise. The *slab* holds the maps (channels last, channels padded with zeros to whole
-vectors), per-channel vectors and packed weights. A chunk has *sums* (fp64) and *gradients* (fp32) that its images add
-to, zero at the start of a run, and *scratch*, zero at the start of a run too: a padded image keeps the zeros around it
-because no step writes there.
+Memory, all fp32 unless said otherwise. The *slab* holds the maps (channels last, channels padded with zeros
+to whole vectors), per-channel vectors and packed weights. A chunk has *sums* (fp64) and *gradients* (fp32)
+that its images add to, zero at the start of a run, and *scratch*, zero at the start of a run too: a padded
+image keeps the zeros around it because no step writes there.
 
-csrc/plan.h has the same structures, field by field and in the same order; `encode` in program.py writes them down.
+csrc/plan.h has the same structures, field by field and in the same order; `encode` in program.py writes them
+down.
 """
 
 from __future__ import annotations
@@ -41,8 +43,9 @@ class Activation(IntEnum):
 class Map:
     """An image per sample: `width` pixels of `channels` floats in each of `height` rows.
 
-    offset, image, row and pixel are in floats: element (n, h, w, c) is at offset + n*image + h*row + w*pixel + c.
-    In scratch, image is 0: every chunk has one. `channels` is a multiple of the lane, as are all strides.
+    offset, image, row and pixel are in floats: element (n, h, w, c) is at offset + n*image + h*row + w*pixel
+    + c. In scratch, image is 0: every chunk has one. `channels` is a multiple of the lane, as are all
+    strides.
     """
 
     space: Space
@@ -57,7 +60,7 @@ class Map:
 
 @dataclass(frozen=True, slots=True)
 class Tap:
-    """One tap of a convolution: where it reads, in floats from the pixel's base, and which weights it uses."""
+    """One tap of a convolution: where it reads, in floats from the pixel's base, and with which weights."""
 
     offset: int
     weight: int
@@ -79,8 +82,8 @@ class Term:
 class Grid:
     """A rectangle of pixels of the input gradient that one list of taps computes.
 
-    Row i and column j of the grid are pixel (top + i*step_h, left + j*step_w) of the gradient, and its taps read
-    `source` at i*source.row + j*source.pixel + tap.offset.
+    Row i and column j of the grid are pixel (top + i*step_h, left + j*step_w) of the gradient, and its taps
+    read `source` at i*source.row + j*source.pixel + tap.offset.
     """
 
     top: int
@@ -92,7 +95,7 @@ class Grid:
     taps: tuple[Tap, ...]
 
 
-# ---- steps: what a chunk does for one image -------------------------------------------------------------------------
+# ---- steps: what a chunk does for one image ----
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +103,8 @@ class Load:
     """target[h, w, c] (+)= tensor[n, c, h, w]: copies an fp32 torch tensor into a map.
 
     The strides are the tensor's, in elements. Segments say which channels of the map are the tensor's:
-    (first in the tensor, count, first in the map); the others are set to zero, or left as they are with `adds`.
+    (first in the tensor, count, first in the map); the others are set to zero, or left as they are with
+    `adds`.
     """
 
     tensor: int
@@ -148,11 +152,13 @@ class Convolve:
     """A convolution: depthwise, or dense, or depthwise followed by pointwise without storing what is between.
 
     d[h, w, c] = sum over depthwise taps t of depthwise_weights[t.weight, c] * x[base(h, w) + t.offset + c]
-    y[h, w, o] = sum over taps t and channels i of weights[t.weight, i, o] * (d or x)[base(h, w) + t.offset + i]
+    y[h, w, o] = sum over taps t and channels i of weights[t.weight, i, o] * (d or x)[base(h, w) + t.offset +
+    i]
 
-    base(h, w) = h*stride_h*x.row + w*stride_w*x.pixel. With both, `taps` is one tap at offset 0 on d. With depthwise
-    taps alone (taps empty) y = d. Weights lie in the slab: depthwise [tap][x.channels], dense [tap][x.channels]
-    [y.channels]. `moments`: offset in the sums of y's [sum][sum of squares], each y.channels fp64, or NONE.
+    base(h, w) = h*stride_h*x.row + w*stride_w*x.pixel. With both, `taps` is one tap at offset 0 on d. With
+    depthwise taps alone (taps empty) y = d. Weights lie in the slab: depthwise [tap][x.channels], dense
+    [tap][x.channels] [y.channels]. `moments`: offset in the sums of y's [sum][sum of squares], each
+    y.channels fp64, or NONE.
     """
 
     x: Map
@@ -171,12 +177,12 @@ class Convolve:
 class ConvolveBackward:
     """The gradients of Convolve, given dy = sum of terms + constant (a per-channel vector, or NONE).
 
-    x is what forward read; d is computed again. `padded` is a padded image in scratch of the size of y (channels of x
-    if there is a depthwise part, else of y): what the transposed taps read, dd = dy * pointwise^T or dy itself.
-    dx (in scratch, size of the unpadded x, or NONE-space with `needs_input` 0) (+)= for every grid, for its pixels,
-    sum over the grid's taps of weights * padded. `weights_transposed` [tap][y.channels][x.channels].
-    depthwise_gradient [tap][x.channels] and gradient [tap][x.channels][y.channels] are offsets in the chunk's
-    gradients, or NONE where not needed.
+    x is what forward read; d is computed again. `padded` is a padded image in scratch of the size of y
+    (channels of x if there is a depthwise part, else of y): what the transposed taps read, dd = dy *
+    pointwise^T or dy itself. dx (in scratch, size of the unpadded x, or NONE-space with `needs_input` 0) (+)=
+    for every grid, for its pixels, sum over the grid's taps of weights * padded. `weights_transposed`
+    [tap][y.channels][x.channels]. depthwise_gradient [tap][x.channels] and gradient
+    [tap][x.channels][y.channels] are offsets in the chunk's gradients, or NONE where not needed.
     """
 
     x: Map
@@ -205,9 +211,9 @@ class ConvolveBackward:
 class Pool:
     """Max or average pooling; padding never wins a maximum; it counts in the average with `counts_padding`.
 
-    `index`: for the maximum, offset (floats) in the slab of one byte per element of y, image after image, dense: the
-    number i*kernel_w + j of the window's first maximum; `index_image` is the floats from one image to the next.
-    NONE where there is no backward.
+    `index`: for the maximum, offset (floats) in the slab of one byte per element of y, image after image,
+    dense: the number i*kernel_w + j of the window's first maximum; `index_image` is the floats from one image
+    to the next. NONE where there is no backward.
     """
 
     x: Map
@@ -249,7 +255,8 @@ class PoolBackward:
 
 @dataclass(frozen=True, slots=True)
 class Combine:
-    """target (+)= activation(sum of terms + constant); zero where there is nothing to sum. `moments` as in Convolve."""
+    """target (+)= activation(sum of terms + constant); zero where there is nothing to sum. `moments` as in
+    Convolve."""
 
     terms: tuple[Term, ...]
     constant: int
@@ -277,8 +284,8 @@ class Reduce:
 class Unstage:
     """The gradient of Stage: g = gradient where activation'(scale * source + shift) is one; target (+)= g.
 
-    Without an activation g is the gradient. `moments`: offset in the sums of [sum of g][sum of g * source], or NONE.
-    The derivative of ReLU at 0 is 0, that of ReLU6 at 0 and 6 as well.
+    Without an activation g is the gradient. `moments`: offset in the sums of [sum of g][sum of g * source],
+    or NONE. The derivative of ReLU at 0 is 0, that of ReLU6 at 0 and 6 as well.
     """
 
     gradient: Map
@@ -302,7 +309,7 @@ class Mask:
     flag: int = NONE
 
 
-# ---- barrier operations: what happens once, between phases ------------------------------------------------------------
+# ---- barrier operations: what happens once, between phases ----
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,7 +326,8 @@ class PackDepthwise:
 
 @dataclass(frozen=True, slots=True)
 class PackDense:
-    """slab[target + (tap*in + i)*out + o] = tensor[o, i, tap], and transposed [tap][out][in]; zero where padded.
+    """slab[target + (tap*in + i)*out + o] = tensor[o, i, tap], and transposed [tap][out][in]; zero where
+    padded.
 
     `target` or `transposed` may be NONE. Segments map the tensor's input and output channels to padded ones.
     """
@@ -363,13 +371,15 @@ class UnpackDense:
 
 @dataclass(frozen=True, slots=True)
 class Normalise:
-    """BatchNorm's per-channel vectors, in the slab: mean, inverse deviation, scale and shift, `channels` floats each.
+    """BatchNorm's per-channel vectors, in the slab: mean, inverse deviation, scale and shift, `channels`
+    floats each.
 
-    scale = gamma / sqrt(var + eps), shift = beta - mean * scale. With `moments` (offset in the sums: [sum][sum of
-    squares] over `elements` values a channel) batch statistics, and running statistics are updated where given:
-    running = (1 - momentum) * running + momentum * batch, the variance unbiased; momentum < 0 means the average over
-    all batches, by the counter (int64 tensor), which is incremented first. Without moments the running statistics are
-    used, or mean 0 and variance 1 where there are none. gamma, beta, mean, var, counter: tensor numbers or NONE. Padded channels get zeros in scale and shift.
+    scale = gamma / sqrt(var + eps), shift = beta - mean * scale. With `moments` (offset in the sums:
+    [sum][sum of squares] over `elements` values a channel) batch statistics, and running statistics are
+    updated where given: running = (1 - momentum) * running + momentum * batch, the variance unbiased;
+    momentum < 0 means the average over all batches, by the counter (int64 tensor), which is incremented
+    first. Without moments the running statistics are used, or mean 0 and variance 1 where there are none.
+    gamma, beta, mean, var, counter: tensor numbers or NONE. Padded channels get zeros in scale and shift.
     `out`: slab offset of [mean][inverse][scale][shift].
     """
 
@@ -392,8 +402,8 @@ class Normalise:
 class Weighted:
     """One term of a weighted sum, for Coefficients: weight * (scale * map + shift).
 
-    weight: index in the decision tensor, or NONE for one. scale, shift: slab offsets, or NONE for one and zero.
-    out: slab offset of the coefficient vector weight * scale.
+    weight: index in the decision tensor, or NONE for one. scale, shift: slab offsets, or NONE for one and
+    zero. out: slab offset of the coefficient vector weight * scale.
     """
 
     weight: int
@@ -405,7 +415,7 @@ class Weighted:
 
 @dataclass(frozen=True, slots=True)
 class Coefficients:
-    """The vectors of a Combine: out of every term, and `constant` = sum of weight * shift (NONE: not needed)."""
+    """The vectors of a Combine: `out` of every term, and `constant` = sum of weight * shift, or NONE."""
 
     terms: tuple[Weighted, ...]
     decision: int
@@ -418,8 +428,8 @@ class Coefficients:
 class Upstream:
     """A gradient that reaches a BatchNorm's output: weight * g, with sums over the batch.
 
-    sum_g and sum_gy: offsets in the sums of sum(g) and sum(g * y) per channel. out: slab offset of the coefficient
-    vector of g in dy, weight * scale; NONE if it is not needed.
+    sum_g and sum_gy: offsets in the sums of sum(g) and sum(g * y) per channel. out: slab offset of the
+    coefficient vector of g in dy, weight * scale; NONE if it is not needed.
     """
 
     weight: int
@@ -431,12 +441,14 @@ class Upstream:
 
 @dataclass(frozen=True, slots=True)
 class NormaliseBackward:
-    """The vectors with which dy = sum of out_k * g_k + by_y * y + constant, and the gradients of gamma and beta.
+    """The vectors with which dy = sum of out_k * g_k + by_y * y + constant, and the gradients of gamma and
+    beta.
 
-    With G = sum of weight_k * sum_g, H = inverse * (sum of weight_k * sum_gy - mean * G): dgamma = H, dbeta = G and,
-    with batch statistics (`elements` > 0), by_y += -scale * inverse * H / elements and constant += -scale * G /
-    elements - (that by_y) * mean. `vectors` is Normalise's out. by_y and constant are added to: several BatchNorms
-    may share one y (the first has `starts` 1 and sets them). gamma, beta: numbers of the gradient tensors or NONE.
+    With G = sum of weight_k * sum_g, H = inverse * (sum of weight_k * sum_gy - mean * G): dgamma = H, dbeta =
+    G and, with batch statistics (`elements` > 0), by_y += -scale * inverse * H / elements and constant +=
+    -scale * G / elements - (that by_y) * mean. `vectors` is Normalise's out. by_y and constant are added to:
+    several BatchNorms may share one y (the first has `starts` 1 and sets them). gamma, beta: numbers of the
+    gradient tensors or NONE.
     """
 
     vectors: int
@@ -455,7 +467,8 @@ class NormaliseBackward:
 
 @dataclass(frozen=True, slots=True)
 class DecisionGradient:
-    """tensor[weight] += sum over channels of scale * sum_gy + shift * sum_g. scale, shift: slab, NONE: one, zero."""
+    """tensor[weight] += sum over channels of scale * sum_gy + shift * sum_g. scale, shift: slab, NONE: one,
+    zero."""
 
     weight: int
     sum_g: int
