@@ -23,6 +23,7 @@ _PUBLIC = {
     "load_supernet": "nascompile.compiler.prune",
     "export": "nascompile.compiler.export",
     "count": "nascompile.compiler.measure",
+    "evaluate": "nascompile.runtime.evaluate",
     "explain": "nascompile.compiler.explain",
     "draw": "nascompile.compiler.draw",
     "search_space": "nascompile.compiler.architecture",
