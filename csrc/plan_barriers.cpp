@@ -205,7 +205,21 @@ std::pair<double, double> normalise_backward(const NormaliseBackward& op, const 
   return {sum_g, towards_gamma};
 }
 
+// Nothing reaches the normalisation: its vectors may never have been computed.
+void start_normalise_backward(const NormaliseBackward& op, const Run& run) {
+  for (const int64_t at : {op.by_y, op.constant}) {
+    if (at >= 0 && op.starts) {
+      std::fill_n(run.vector(at), op.channels, 0.0f);
+    }
+  }
+}
+
 void carry_out(const NormaliseBackward& op, const Run& run) {
+  bool is_reached = false;
+  for_each(op.upstream, run, [&](const Upstream& upstream) { is_reached |= run.holds(upstream.flag); });
+  if (!is_reached) {
+    return start_normalise_backward(op, run);
+  }
   float* gamma = run.tensor(op.gamma);
   float* beta = run.tensor(op.beta);
   // padded channels too: their vectors become zero
@@ -214,10 +228,10 @@ void carry_out(const NormaliseBackward& op, const Run& run) {
   for (int64_t c = 0; c < op.channels; ++c) {
     const auto [towards_beta, towards_gamma] = normalise_backward(op, run, c);
     if (gamma != nullptr && number[c] >= 0) {
-      gamma[number[c]] = static_cast<float>(towards_gamma);
+      gamma[number[c]] += static_cast<float>(towards_gamma);
     }
     if (beta != nullptr && number[c] >= 0) {
-      beta[number[c]] = static_cast<float>(towards_beta);
+      beta[number[c]] += static_cast<float>(towards_beta);
     }
   }
 }

@@ -13,6 +13,7 @@ from nascompile.compiler.decision import Selection
 from nascompile.compiler.lower import LoweredChoice, decides_by_masks
 from nascompile.compiler.mutables import LayerChoice
 from nascompile.compiler.mutator import Mutator
+from nascompile.compiler.region.executors import Executor
 from nascompile.compiler.region.ir import Weight
 
 
@@ -20,7 +21,7 @@ from nascompile.compiler.region.ir import Weight
 class Decisions:
     """selections: by key. is_weighted: for every choice. chosen: the candidates that take part.
 
-    vectors: for every key with weights, in order, the weights of all its candidates in fp32; of a mean they
+    vectors: for every key with weights, in order, the weights of all its candidates; of a mean they
     are already divided by the number chosen. None where choices of one key are reduced in different ways.
     """
 
@@ -44,7 +45,7 @@ class Decided(Mutator):
         return selection, mask if selection.weights is None else selection.weights
 
 
-def read_decisions(choices: Sequence[LoweredChoice]) -> Decisions | str:
+def read_decisions(choices: Sequence[LoweredChoice], executor: Executor) -> Decisions | str:
     """The current decisions; a string says why choices cannot be carried out from masks alone."""
     selections: dict[str, Selection] = {}
     for target in choices:
@@ -64,7 +65,7 @@ def read_decisions(choices: Sequence[LoweredChoice]) -> Decisions | str:
             return f"a candidate of {choice.key!r} that is None is chosen"
     weighted = tuple(selections[t.choice.key].weights is not None for t in choices)
     chosen = frozenset(Weight(key, index) for key, s in selections.items() for index in s.indices)
-    return Decisions(selections, weighted, chosen, _vectors(choices, selections))
+    return Decisions(selections, weighted, chosen, _vectors(choices, selections, executor))
 
 
 def choice_length(choices: Sequence[LoweredChoice], key: str) -> int:
@@ -72,7 +73,9 @@ def choice_length(choices: Sequence[LoweredChoice], key: str) -> int:
     return next(len(target.choice) for target in choices if target.choice.key == key)
 
 
-def _vectors(choices: Sequence[LoweredChoice], selections: Mapping[str, Selection]) -> dict[str, Tensor]:
+def _vectors(
+    choices: Sequence[LoweredChoice], selections: Mapping[str, Selection], executor: Executor
+) -> dict[str, Tensor]:
     vectors: dict[str, Tensor] = {}
     for target in choices:
         key, selection = target.choice.key, selections[target.choice.key]
@@ -83,6 +86,6 @@ def _vectors(choices: Sequence[LoweredChoice], selections: Mapping[str, Selectio
         if weights is None and is_mean:
             weights = torch.ones(len(target.choice))
         if weights is not None:
-            weights = weights.to(device="cpu", dtype=torch.float32)
+            weights = weights.to(device=executor.device, dtype=executor.dtype)
             vectors[key] = weights / len(selection.indices) if is_mean else weights
     return vectors

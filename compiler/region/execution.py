@@ -10,12 +10,12 @@ from torch import Tensor
 
 from nascompile.compiler.mutables import forced_mutator
 from nascompile.compiler.region.decisions import Decided, Decisions
+from nascompile.compiler.region.executors import Executor
 from nascompile.compiler.region.flags import NEVER, as_tensor
 from nascompile.compiler.region.gradients import Wanted
 from nascompile.compiler.region.ir import Conv, Graph, Norm, TensorRef, Weight
 from nascompile.compiler.region.plan import Direction, Plan
 from nascompile.kernels.plan.program import ALIGNMENT
-from nascompile.kernels.plan.run import run
 
 FLAG_LIMIT = 4096
 """Decisions whose flags are kept."""
@@ -24,13 +24,13 @@ FLAG_LIMIT = 4096
 class Memory:
     """Slabs of one size; one that is not in use any more is used again, for fresh pages are slow."""
 
-    def __init__(self, floats: int) -> None:
-        self._floats = floats
+    def __init__(self, floats: int, like: Executor) -> None:
+        self._floats, self._like = floats, like
         self._free: list[Tensor] = []
 
     def lease(self) -> Lease:
         """A slab, until the lease is given back or forgotten."""
-        return Lease(self._free, self._free.pop() if self._free else new_memory(self._floats))
+        return Lease(self._free, self._free.pop() if self._free else new_memory(self._floats, self._like))
 
 
 class Lease:
@@ -50,10 +50,10 @@ class Lease:
         self.give_back()
 
 
-def new_memory(floats: int) -> Tensor:
-    """fp32 memory, aligned as programs need it."""
-    memory = torch.empty(floats + ALIGNMENT, dtype=torch.float32)
-    skip = -memory.data_ptr() // 4 % ALIGNMENT
+def new_memory(floats: int, executor: Executor) -> Tensor:
+    """Memory of the executor's type, aligned as programs need it."""
+    memory = torch.empty(floats + ALIGNMENT, dtype=executor.dtype, device=executor.device)
+    skip = -memory.data_ptr() // memory.element_size() % ALIGNMENT
     return memory[skip : skip + floats]
 
 
@@ -91,9 +91,12 @@ class Execution:
         self.parameters = parameters_of(plan.graph)
         self.buffers = buffers_of(plan.graph)
         self.shapes = [ref.value.shape for ref in self.parameters]
-        self.memory = Memory(plan.slab)
+        self.executor = plan.settings.executor
+        self.memory = Memory(plan.slab, self.executor)
         directions = [d for d in (plan.forward, plan.backward) if d is not None]
-        self.work = new_memory(max(direction.program.work for direction in directions))
+        work = max(self.executor.work(direction.program) for direction in directions)
+        self.work = new_memory(work, self.executor)
+        self.options: dict[str, Any] = {"dtype": self.executor.dtype, "device": self.executor.device}
         self._flags: dict[frozenset[Weight], tuple[Tensor, list[bool]]] = {}
         sources = [("input", index) for index in range(len(plan.graph.sources))]
         self._frozen = [ref for ref in _running_of(plan.graph) if ref not in set(self.buffers)]
@@ -141,9 +144,8 @@ class Execution:
         return [*known[:-1], *buffers, *(ref.value for ref in self._frozen), known[-1]]
 
     def _new_like(self, shape: tuple[int, ...]) -> Tensor:
-        return torch.empty(
-            (self.plan.settings.images, *shape), dtype=torch.float32, memory_format=self.memory_format
-        )
+        size = (self.plan.settings.images, *shape)
+        return torch.empty(size, memory_format=self.memory_format, **self.options)
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -161,21 +163,28 @@ class Execution:
         values = self.flags(chosen)[1]
         has = [self._is_reached(what, values) for what in self.gradients]
         count = len(self.parameters)
-        empty = torch.empty(0)
+        empty = torch.empty(0, **self.options)
         reached = [shape for shape, there in zip(self.shapes, has[:count], strict=True) if there]
-        pieces = iter(_pieces(reached))
+        pieces = iter(self._pieces(reached))
         parameters = [next(pieces) if there else empty for there in has[:count]]
         inputs = [
             self._new_like(value.shape) if there else empty
             for value, there in zip(self.plan.graph.sources, has[count:], strict=True)
         ]
-        decision = torch.zeros(len(self.plan.settings.slots), dtype=torch.float32)
+        decision = torch.zeros(len(self.plan.settings.slots), **self.options)
         tensors = [*self._common(known, True), *dense, *parameters, *inputs, decision]
         self._run(direction, self._backward, slab, chosen, tensors)
         found = zip([*parameters, *inputs], has, strict=True)
         gradients = [tensor if there else None for tensor, there in found]
         wants = self.wanted is not None and self.wanted.decision
         return [decision if wants else None, *gradients[count:], *gradients[:count]]
+
+    def _pieces(self, shapes: Sequence[torch.Size]) -> Sequence[Tensor]:
+        """New tensors of these shapes in one piece of memory: a thousand allocations cost more than the
+        step's sums."""
+        sizes = [shape.numel() for shape in shapes]
+        flat = torch.zeros(sum(sizes), **self.options)
+        return [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
 
     def _is_reached(self, what: Any, values: Sequence[bool]) -> bool:
         flag = self.plan.reached.get(what, NEVER)
@@ -190,20 +199,13 @@ class Execution:
         tensors: Sequence[Tensor],
     ) -> None:
         taken = [tensors[place] for place in places]
-        run(direction.program, direction.encoded, slab, self.work, self.flags(chosen)[0], taken)
+        flags = self.flags(chosen)[0]
+        self.executor.run(direction.program, direction.encoded, slab, self.work, flags, taken)
 
 
 def _places(names: Sequence[Any], direction: Direction) -> list[int]:
     numbers = {name: number for number, name in enumerate(names)}
     return [numbers[what] for what in direction.tensors]
-
-
-def _pieces(shapes: Sequence[torch.Size]) -> Sequence[Tensor]:
-    """New tensors of these shapes in one piece of memory: a thousand allocations cost more than the step's
-    sums."""
-    sizes = [shape.numel() for shape in shapes]
-    flat = torch.empty(sum(sizes), dtype=torch.float32)
-    return [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
 
 
 def _running_of(graph: Graph) -> list[TensorRef]:
@@ -223,7 +225,7 @@ def call(
 ) -> tuple[Tensor, ...]:
     """The outputs of a region, with gradients where autograd wants them."""
     vectors = list(decisions.vectors.values())
-    decision = torch.cat(vectors) if vectors else torch.empty(0)
+    decision = torch.cat(vectors) if vectors else torch.empty(0, **execution.options)
     parameters = [ref.value for ref in execution.parameters]
     if execution.wanted is not None:
         return RunPlan.apply(execution, decisions, fallback, decision, *tensors, *parameters)

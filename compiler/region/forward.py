@@ -37,6 +37,7 @@ from nascompile.kernels.plan.steps import (
     PackDense,
     PackDepthwise,
     Pool,
+    Reduce,
     Store,
     Term,
     Weighted,
@@ -257,7 +258,7 @@ class Forward(Storage):
         source = value.inputs[0]
         channels = self.place(source).channels
         out = self.vectors[value] = self.vector(f"norm {value.number}", 4 * channels)
-        moments = self.moments[source] if op.by_batch else NONE
+        moments = self._moments_of(source) if op.by_batch else NONE
         elements = self.settings.images * source.shape[1] * source.shape[2]
         segments = ((op.first, value.channels, 0),)
         tensors = (
@@ -276,6 +277,20 @@ class Forward(Storage):
             (out,),
             self.flag(value),
         )
+
+    def _moments_of(self, source: Value) -> int:
+        """The sums of a map, made by whoever wrote it; of an input by a step of its own."""
+        if source not in self.moments:
+            place = self.place(source)
+            at = self.moments[source] = self.new_sums(2 * place.channels)
+            self._step(
+                f"sum {source.number}",
+                lambda _: Reduce(place.map(), (Term(place.map(), at + place.channels, NONE),), at),
+                reads=place.cells(),
+                writes=(Summed("sums", at),),
+                flag=self.flag(source),
+            )
+        return self.moments[source]
 
     def _concatenate(self, value: Value) -> None:
         whole = self.place(value)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from nascompile.kernels.plan.steps import Activation
@@ -169,7 +170,8 @@ class Value:
 class Graph:
     """The values of a region in the order of their computation."""
 
-    def __init__(self, sources: Sequence[Shape]) -> None:
+    def __init__(self, sources: Sequence[Shape], dtype: torch.dtype, device: str) -> None:
+        self.dtype, self.device = dtype, device
         self.values: list[Value] = []
         self._known: dict[object, Value] = {}
         self.outputs: list[Value] = []

@@ -70,7 +70,7 @@ def _conv(graph: Graph, module: Any, x: Value, owner: Weight | None) -> Value:
         raise Unsupported(f"a convolution pads with {module.padding_mode!r}, {module.padding!r}")
     if x.channels != module.in_channels:
         raise Unsupported(f"a convolution takes {module.in_channels} channels and gets {x.channels}")
-    require_fp32(module.weight)
+    require_type(graph, module.weight)
     padding = tuple(module.padding)
     if isinstance(x.op, Crop) and padding != (0, 0):
         raise Unsupported("a convolution pads a cropped image")
@@ -88,15 +88,18 @@ def _conv(graph: Graph, module: Any, x: Value, owner: Weight | None) -> Value:
     out = graph.add(op, (x,), (op.channels, *size), owner)
     if module.bias is None:
         return out
-    require_fp32(module.bias)
+    require_type(graph, module.bias)
     bias = Norm(None, TensorRef(module, "bias"), None, None, None, False, False, 0.0, 0.0)
     return graph.add(bias, (out,), out.shape, owner)
 
 
-def require_fp32(tensor: torch.Tensor) -> None:
-    """Raise Unsupported unless it is a plain fp32 tensor on the CPU."""
-    if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
-        raise Unsupported(f"a parameter is {tensor.dtype} on {tensor.device}, plans run in fp32 on the CPU")
+def require_type(graph: Graph, tensor: torch.Tensor) -> None:
+    """Raise Unsupported unless a parameter or buffer has the type and device of the plan."""
+    if tensor.dtype != graph.dtype or tensor.device.type != graph.device:
+        raise Unsupported(
+            f"a parameter is {tensor.dtype} on {tensor.device}, "
+            f"the images are {graph.dtype} on {graph.device}"
+        )
 
 
 def window_size(
@@ -117,7 +120,7 @@ def _norm(graph: Graph, module: Any, x: Value, owner: Weight | None) -> Value:
     refs = [None if getattr(module, name) is None else TensorRef(module, name) for name in names]
     for ref in refs[:4]:
         if ref is not None:
-            require_fp32(ref.value)
+            require_type(graph, ref.value)
     by_batch = module.training or module.running_mean is None
     updates = module.training and module.track_running_stats and module.running_mean is not None
     momentum = -1.0 if module.momentum is None else float(module.momentum)

@@ -9,6 +9,7 @@ from torch import fx, nn
 
 from nascompile.compiler.candidates import Candidate
 from nascompile.compiler.lower import LoweredChoice, LoweredInputChoice, LoweredLayerChoice
+from nascompile.compiler.region.executors import Executor
 from nascompile.compiler.region.ir import Graph, Shape, Sum, TermInfo, Unsupported, Value, Weight, Zero
 from nascompile.compiler.region.operations import Env, apply_function, apply_module
 
@@ -21,12 +22,13 @@ def read(
     candidates: Mapping[LoweredChoice, Sequence[tuple[nn.Module, Candidate]]],
     shapes: Sequence[Shape],
     is_weighted: Mapping[LoweredChoice, bool],
+    executor: Executor,
 ) -> Graph:
     """The graph of `nodes` for inputs of the given shapes (channels, height, width).
 
     `is_weighted`: for every choice, whether its decision has weights or only selects. Raises Unsupported.
     """
-    graph = Graph(shapes)
+    graph = Graph(shapes, executor.dtype, executor.device)
     env: Env = dict(zip(inputs, graph.sources, strict=True))
     for node in nodes:
         if isinstance(node.target, LoweredLayerChoice):

@@ -13,12 +13,12 @@ from nascompile.compiler.candidates import Candidate
 from nascompile.compiler.lower import LoweredChoice
 from nascompile.compiler.region.decisions import Decisions, choice_length, read_decisions
 from nascompile.compiler.region.execution import Execution, call, parameters_of
+from nascompile.compiler.region.executors import EXECUTORS, Executor
 from nascompile.compiler.region.gradients import Wanted
 from nascompile.compiler.region.ir import Unsupported, Weight
 from nascompile.compiler.region.plan import Plan, build
 from nascompile.compiler.region.read import read
 from nascompile.compiler.region.settings import Settings, read_borders
-from nascompile.kernels.plan.run import lane, why_not_native
 
 PLAN_LIMIT = 8
 """Plans kept for one region; the one not used for longest goes."""
@@ -54,12 +54,13 @@ class Region:
         self._executions: dict[Any, Execution | None] = {}
 
     def __call__(self, *tensors: Tensor) -> Any:
-        reason = why_not_now(tensors)
-        decisions = read_decisions(self.choices) if reason is None else reason
-        execution = None if isinstance(decisions, str) else self._execution(tensors, decisions)
+        executor = executor_for(tensors)
+        decisions = executor if isinstance(executor, str) else read_decisions(self.choices, executor)
+        if isinstance(executor, str) or isinstance(decisions, str):
+            return self.fallback(*tensors)
+        execution = self._execution(tensors, decisions, executor)
         if execution is None:
             return self.fallback(*tensors)
-        assert isinstance(decisions, Decisions)
         outputs = call(execution, decisions, tensors, self.fallback)
         return outputs[0] if len(outputs) == 1 else outputs
 
@@ -68,7 +69,9 @@ class Region:
         """The plans made so far."""
         return [execution.plan for execution in self._executions.values() if execution is not None]
 
-    def _execution(self, tensors: Sequence[Tensor], decisions: Decisions) -> Execution | None:
+    def _execution(
+        self, tensors: Sequence[Tensor], decisions: Decisions, executor: Executor
+    ) -> Execution | None:
         grad = torch.is_grad_enabled()
         key = (
             tuple(tensor.shape for tensor in tensors),
@@ -77,7 +80,7 @@ class Region:
             tuple(grad and tensor.requires_grad for tensor in tensors),
             grad,
             grad and any(vector.requires_grad for vector in decisions.vectors.values()),
-            *(torch.get_num_threads(), lane()),
+            *(executor.name, executor.chunks(tensors[0].shape[0]), executor.lane()),
         )
         if key in self._executions:
             execution = self._executions.pop(key)
@@ -88,19 +91,21 @@ class Region:
         if len(self._executions) >= PLAN_LIMIT:
             del self._executions[next(iter(self._executions))]
         try:
-            execution = self._make(tensors, decisions, grad)
+            execution = self._make(tensors, decisions, grad, executor)
         except Unsupported as reason:
             self._notes[self.__name__] = f"runs op by op: {reason}"
             execution = None
         self._executions[key] = execution
         return execution
 
-    def _make(self, tensors: Sequence[Tensor], decisions: Decisions, grad: bool) -> Execution:
+    def _make(
+        self, tensors: Sequence[Tensor], decisions: Decisions, grad: bool, executor: Executor
+    ) -> Execution:
         shapes = [tuple(tensor.shape[1:]) for tensor in tensors]
         weighted = dict(zip(self.choices, decisions.is_weighted, strict=True))
         graph = read(
             *(self._modules, self.nodes, self.inputs, self.outputs, self._candidates),
-            *(shapes, weighted),  # type: ignore[arg-type]
+            *(shapes, weighted, executor),  # type: ignore[arg-type]
         )
         images = tensors[0].shape[0]
         slots: dict[Weight, int] = {}
@@ -111,12 +116,13 @@ class Region:
         if wanted is not None and not (any(wanted.inputs) or wanted.parameters or wanted.decision):
             wanted = None
         settings = Settings(
+            executor=executor,
             images=images,
-            chunks=max(1, min(torch.get_num_threads(), images)),
-            lane=lane(),
+            chunks=executor.chunks(images),
+            lane=executor.lane(),
             channels_last=is_channels_last(tensors),
             has_backward=wanted is not None,
-            borders=read_borders(graph, lane()),
+            borders=read_borders(graph, executor.lane()),
             slots=slots,
         )
         return Execution(build(graph, settings, wanted), wanted)
@@ -137,18 +143,29 @@ def is_channels_last(tensors: Sequence[Tensor]) -> bool:
     )
 
 
-def why_not_now(tensors: Sequence[Any]) -> str | None:
-    """Why a plan cannot take these values, or run in the present state of torch; None if it can."""
+def executor_for(tensors: Sequence[Any]) -> Executor | str:
+    """Who can run a plan on these values in the present state of torch; a string says why nobody can."""
     for tensor in tensors:
         if type(tensor) not in (Tensor, nn.Parameter):
             return f"takes a {type(tensor).__name__}"
-        if tensor.dtype != torch.float32 or tensor.dim() != 4 or tensor.layout != torch.strided:
-            return f"takes {tensor.dtype} of {tensor.dim()} dimensions"
-        if tensor.device.type != "cpu" or tensor.numel() == 0:
-            return f"takes a tensor on {tensor.device} of shape {tuple(tensor.shape)}"
-    if len({tensor.shape[0] for tensor in tensors}) != 1:
-        return "takes batches of different sizes"
-    if torch.is_autocast_enabled("cpu"):
+        if tensor.dim() != 4 or tensor.layout != torch.strided or tensor.numel() == 0:
+            return f"takes a tensor of shape {tuple(tensor.shape)}"
+    if len({(tensor.shape[0], tensor.dtype, tensor.device) for tensor in tensors}) != 1:
+        return "takes batches of different sizes, types or devices"
+    reason = _why_not_now()
+    if reason is not None:
+        return reason
+    device, dtype = tensors[0].device.type, tensors[0].dtype
+    suitable = [e for e in EXECUTORS if (e.device, e.dtype) == (device, dtype)]
+    if not suitable:
+        return f"there is no executor for {dtype} on {device}"
+    reasons = [executor.why_not() for executor in suitable]
+    return next((e for e, why in zip(suitable, reasons, strict=True) if why is None), reasons[0] or "")
+
+
+def _why_not_now() -> str | None:
+    """Why no plan can run in the present state of torch, or None."""
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         return "autocast is on"
     functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
     if functorch.maybe_current_level() is not None or torch._C._len_torch_dispatch_stack() > 0:
@@ -158,4 +175,4 @@ def why_not_now(tensors: Sequence[Any]) -> str | None:
     autograd: Any = torch._C._autograd  # type: ignore[attr-defined]
     if autograd._top_saved_tensors_default_hooks(True) is not None:
         return "hooks on saved tensors are active"
-    return why_not_native(torch.device("cpu"))
+    return None

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nascompile.compiler.region.executors import Executor
 from nascompile.compiler.region.ir import Conv, Graph, Shape, Weight
 
 
 @dataclass(slots=True)
 class Settings:
-    """images: samples; chunks: threads; lane: channels are padded to a multiple of it.
+    """executor: who runs it. images: samples; chunks: threads; lane: channels are padded to a multiple of it.
 
     channels_last: the memory format of inputs and outputs. borders: by (padded channels, height, width), the
     zeros that convolutions read around such an image; one border for all, so that they can share scratch
     memory. slots: the place of every weight in the decision tensor.
     """
 
+    executor: Executor
     images: int
     chunks: int
     lane: int

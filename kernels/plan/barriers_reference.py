@@ -129,6 +129,11 @@ def coefficients(state: State, op: Coefficients) -> None:
 
 def normalise_backward(state: State, op: NormaliseBackward) -> None:
     channels = op.channels
+    if not any(state.holds(one.flag) for one in op.upstream):
+        for at in (op.by_y, op.constant):
+            if at != NONE and op.starts:
+                state.vector(at, channels).zero_()
+        return
     mean, inverse, scale, _ = (state.vector(op.vectors + k * channels, channels).double() for k in range(4))
     total = torch.zeros(channels, dtype=torch.float64)
     product = torch.zeros(channels, dtype=torch.float64)
@@ -144,7 +149,7 @@ def normalise_backward(state: State, op: NormaliseBackward) -> None:
     for tensor, values in ((op.gamma, by_normalised), (op.beta, total)):
         for logical, count, padded in op.segments if tensor != NONE else ():
             gradient = state.tensors[tensor]
-            gradient[logical : logical + count] = values[padded : padded + count].to(gradient.dtype)
+            gradient[logical : logical + count] += values[padded : padded + count].to(gradient.dtype)
     if op.by_y == NONE:
         return
     if op.elements > 0:

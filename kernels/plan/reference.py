@@ -105,7 +105,7 @@ def _window(
     memory, image = state.memory(base.space, base.image)
     size = (state.program.images, rows, columns, channels)
     steps = (image, strides[0] * base.row, strides[1] * base.pixel, 1)
-    return memory.as_strided(size, steps, base.offset + tap.offset)
+    return memory.as_strided(size, steps, memory.storage_offset() + base.offset + tap.offset)
 
 
 def _depthwise(state: State, step: Convolve | ConvolveBackward, rows: int, columns: int) -> Tensor:

@@ -39,7 +39,8 @@ class State:
         """A map as (images, height, width, channels)."""
         memory, image = self.memory(place.space, place.image)
         size = (self.program.images, place.height, place.width, place.channels)
-        return memory.as_strided(size, (image, place.row, place.pixel, 1), place.offset)
+        strides = (image, place.row, place.pixel, 1)
+        return memory.as_strided(size, strides, memory.storage_offset() + place.offset)
 
     def vector(self, offset: int, length: int) -> Tensor:
         """A per-channel vector of the slab."""
@@ -56,4 +57,4 @@ class State:
         width_of_float = self.slab.element_size()
         size = (self.program.images, height, width, channels)
         strides = (width_of_float * step.index_image, width * channels, channels, 1)
-        return raw.as_strided(size, strides, width_of_float * step.index)
+        return raw.as_strided(size, strides, raw.storage_offset() + width_of_float * step.index)

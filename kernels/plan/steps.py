@@ -448,7 +448,8 @@ class NormaliseBackward:
     G and, with batch statistics (`elements` > 0), by_y += -scale * inverse * H / elements and constant +=
     -scale * G / elements - (that by_y) * mean. `vectors` is Normalise's out. by_y and constant are added to:
     several BatchNorms may share one y (the first has `starts` 1 and sets them). gamma, beta: numbers of the
-    gradient tensors or NONE.
+    gradient tensors, which are added to, or NONE. Where no upstream takes part there is no gradient: nothing is
+    read, and what `starts` is zero.
     """
 
     vectors: int

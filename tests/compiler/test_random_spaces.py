@@ -6,6 +6,7 @@ import copy
 import pickle
 import random
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import hypothesis.strategies as st
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 import nascompile
 from nascompile.compiler.mutables import Mutable
 from nascompile.compiler.prune import load_supernet
+from nascompile.compiler.region import region
+from nascompile.compiler.region.executors import NATIVE, REFERENCE
 from nascompile.compiler.trace import ModelTracer
 from nascompile.fixed import FixedArchitecture
 from tests import random_spaces as spaces
@@ -31,6 +34,14 @@ PHASES = (Phase.explicit, Phase.reuse, Phase.generate)
 CHECKS: Any = list(HealthCheck)
 EXAMPLES = settings(max_examples=60, phases=PHASES, suppress_health_check=CHECKS)
 FEWER = settings(max_examples=30, phases=PHASES, suppress_health_check=CHECKS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plans_in_fp64() -> Iterator[None]:
+    """Regions run their plans here too: by the reference, for these models are in fp64."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(region, "EXECUTORS", (NATIVE, REFERENCE))
+        yield
 
 
 def run(model: nn.Module, plan: Plan, masks: dict[str, Tensor], *, seed: int = 0, batch: int = 2) -> Any:

@@ -205,7 +205,7 @@ def test_normalise_and_its_gradients(batch):
         for k, (weight, flag) in enumerate(((2, on), (NONE, NONE), (1, off)))
     )
     by_y, constant = memory.vector(torch.randn(channels)), memory.vector(torch.randn(channels))
-    gamma, beta = torch.full((7,), torch.nan), torch.full((7,), torch.nan)
+    gamma, beta = torch.zeros(7), torch.zeros(7)
     elements = norm.elements if batch else 0
     rest = (SEGMENTS, channels)
     backward = NormaliseBackward(

@@ -1,0 +1,144 @@
+"""Carries out programs on a GPU with Triton kernels: everything on the current stream, nothing waits for the
+host.
+
+Static shapes and addresses, so a run can be captured into a CUDA graph. Flags are a tensor on the device: a
+captured graph serves every decision whose flags, decision tensor and input are copied into the captured
+tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nascompile.kernels.plan.program import Program
+from nascompile.kernels.plan.triton_blocks import SMALLEST
+from nascompile.kernels.plan.triton_table import Launch, lower
+from nascompile.kernels.triton_support import why_not_triton
+
+LANE = SMALLEST
+"""What channels are padded to on a GPU."""
+_RESERVE = 8  # captures that a prepared program serves
+_KNOWN = 16  # sets of addresses whose tables are kept
+
+
+def why_not(device: torch.device) -> str | None:
+    """Why programs cannot be run on the device, or None."""
+    return why_not_triton(device)
+
+
+def work_size(program: Program) -> int:
+    """Floats of work memory that `Prepared.run` needs; as `Prepared.work`."""
+    return lower(program).work
+
+
+def precision() -> str:
+    """How matrix products read fp32: "tf32" where torch is allowed to, as for its own convolutions."""
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+
+
+class Prepared:
+    """A program on a device: its table, its launches, and the addresses of the tensors of the last runs."""
+
+    def __init__(self, program: Program, device: torch.device, precision: str) -> None:
+        lowered = lower(program)
+        self.program, self.device = program, device
+        self.work, self._zeroed = lowered.work, lowered.zeroed
+        # a launch's record list is never empty; an empty table would have no address
+        self._table = torch.tensor(lowered.words or [0], dtype=torch.int64).to(device)
+        self.launches = lowered.launches
+        self._calls = [_bind(launch, precision) for launch in lowered.launches]
+        self._tables: dict[tuple[int, ...], Tensor] = {}
+        self._reserve: list[tuple[Tensor, Tensor]] = []
+        self._captured: list[tuple[Tensor, Tensor]] = []
+
+    def run(self, slab: Tensor, work: Tensor, flags: Tensor, tensors: Sequence[Tensor]) -> None:
+        """Carry out the program in place; all tensors on its device, fp32 but counters (int64) and flags
+        (uint8).
+
+        `slab` and `work` (of at least `self.work` floats) begin at multiples of 64 bytes.
+        """
+        self._check(slab, work, flags)
+        addresses = self._addresses(tensors)
+        work[: self._zeroed].zero_()
+        arguments = (slab, work, self._table, flags, addresses)
+        for call in self._calls:
+            call(arguments, self.program.images)
+
+    def _check(self, slab: Tensor, work: Tensor, flags: Tensor) -> None:
+        for name, tensor in (("slab", slab), ("work", work)):
+            if tensor.dtype != torch.float32 or not tensor.is_contiguous() or tensor.data_ptr() % 64:
+                raise RuntimeError(f"{name} must be fp32, contiguous, and begin at a multiple of 64 bytes")
+        if work.numel() < self.work:
+            raise RuntimeError(f"work has {work.numel()} floats, the program needs {self.work}")
+        for name, tensor in (("slab", slab), ("work", work), ("flags", flags)):
+            if tensor.device.type != self.device.type:
+                raise RuntimeError(f"{name} is on {tensor.device}, the program on {self.device}")
+        if flags.dtype != torch.uint8:
+            raise RuntimeError(f"flags are {flags.dtype}, not uint8")
+
+    def _addresses(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The tensors' addresses on the device."""
+        key = tuple(tensor.data_ptr() for tensor in tensors)
+        found = self._tables.get(key)
+        if found is not None:
+            return found
+        if self.device.type != "cuda":
+            found = torch.tensor(key or (0,), dtype=torch.int64)
+        elif torch.cuda.is_current_stream_capturing():
+            # nothing may be allocated on the host now, and the copy is repeated whenever the graph is
+            # replayed
+            if not self._reserve:
+                raise RuntimeError("run the program once before it is captured, at most 8 times per run")
+            pair = self._reserve.pop()
+            self._captured.append(pair)
+            pair[0][: len(key)] = torch.tensor(key, dtype=torch.int64)
+            return pair[1].copy_(pair[0], non_blocking=True)
+        else:
+            host = torch.tensor(key or (0,), dtype=torch.int64).pin_memory()
+            found = host.to(self.device, non_blocking=True)
+            while len(self._reserve) < _RESERVE:
+                self._reserve.append((torch.zeros_like(host).pin_memory(), torch.zeros_like(found)))
+        if len(self._tables) >= _KNOWN:
+            del self._tables[next(iter(self._tables))]
+        self._tables[key] = found
+        return found
+
+
+def prepare(program: Program, device: torch.device, precision: str | None = None) -> Prepared:
+    """The program, ready to run on the device. ValueError where the kernels cannot carry it out.
+
+    precision: of matrix products, "ieee" or "tf32"; None asks torch.backends.
+    """
+    return Prepared(program, device, precision or globals()["precision"]())
+
+
+def _bind(launch: Launch, precision: str) -> Callable[[tuple[Tensor, ...], int], None]:
+    function, names = _kernels()[launch.kernel]
+    options: dict[str, Any] = dict(launch.block)
+    if "PRECISION" in names:
+        options["PRECISION"] = precision
+    # Any: a decorated kernel is typed without the options of its launch
+    kernel: Any = function[launch.grid]
+
+    def call(arguments: tuple[Tensor, ...], images: int) -> None:
+        kernel(*arguments, launch.first, images, **options)
+
+    return call
+
+
+@cache
+def _kernels() -> dict[str, tuple[Any, tuple[str, ...]]]:
+    """The kernels by name, with the names of their parameters; Triton is imported when one is needed."""
+    from nascompile.kernels.plan import triton_barriers, triton_convolve, triton_maps, triton_pool
+
+    found: dict[str, tuple[Any, tuple[str, ...]]] = {}
+    for module in (triton_barriers, triton_convolve, triton_maps, triton_pool):
+        for name, kernel in vars(module).items():
+            if name.endswith("_kernel"):
+                found[name.removesuffix("_kernel")] = kernel, tuple(kernel.arg_names)
+    return found
