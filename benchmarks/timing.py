@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+
+from nascompile.runtime.bench_memory import keep_memory
+from nascompile.runtime.bench_report import processor
+
+__all__ = ["Timing", "keep_memory", "machine", "summarise", "time_on_cpu", "time_on_gpu"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,20 +23,6 @@ class Timing:
     median: float
     p20: float
     p80: float
-
-
-def keep_memory() -> None:
-    """Stop glibc from returning freed memory: a fresh page costs more than the kernel that writes it.
-
-    A training step reuses its memory; a benchmark that allocates and frees one result at a time would time
-    the operating system instead. It holds for all peers alike. Does nothing where there is no glibc.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return
-    trim_threshold, mmap_max = -1, -4
-    libc = ctypes.CDLL(None)
-    libc.mallopt(trim_threshold, ctypes.c_int(2**31 - 1))
-    libc.mallopt(mmap_max, 0)
 
 
 def summarise(milliseconds: list[float]) -> Timing:
@@ -80,10 +69,5 @@ def machine() -> str:
     versions = f"torch {torch.__version__}, python {platform.python_version()}"
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, {versions}"
-    lines = subprocess.run(["lscpu"], capture_output=True, text=True, check=False).stdout.splitlines()
-    model = next(
-        (line.split(":")[1].strip() for line in lines if line.startswith("Model name")), "unknown CPU"
-    )
-    return (
-        f"{model} ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads, {versions}"
-    )
+    threads = f"{torch.get_num_threads()} threads"
+    return f"{processor()} ({torch.backends.cpu.get_cpu_capability()}), {threads}, {versions}"

@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from nascompile import __version__, cli_doctor, cli_model, cli_search
+from nascompile import __version__, cli_bench, cli_doctor, cli_model, cli_search
 
 # click lies inside newer releases of typer and beside older ones; its base class for wrong usage is this in
 # both
@@ -76,6 +76,7 @@ app.command("space")(cli_model.space)
 app.command("count")(cli_model.count)
 app.command("prune")(cli_model.prune)
 app.command("export")(cli_model.export)
+app.command("bench")(cli_bench.bench)
 app.command("doctor")(cli_doctor.doctor)
 
 

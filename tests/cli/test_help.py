@@ -10,7 +10,7 @@ import pytest
 
 from tests.cli.conftest import CommandLine, command
 
-COMMANDS = ("search", "explain", "draw", "space", "count", "prune", "export", "doctor")
+COMMANDS = ("search", "explain", "draw", "space", "count", "prune", "export", "bench", "doctor")
 
 
 def test_help_lists_every_command(cli: CommandLine) -> None:
