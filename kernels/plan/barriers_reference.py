@@ -72,7 +72,8 @@ def normalise(state: State, op: Normalise) -> None:
         mean = sums[0] / op.elements
         variance = (sums[1] / op.elements - mean * mean).clamp_min(0)
         _update_running(state, op, mean, variance)
-    inverse = (variance + op.epsilon).rsqrt()
+    present = _spread(state, NONE, op.segments, op.channels, 1.0) > 0
+    inverse = torch.where(present, (variance + op.epsilon).rsqrt(), 0)
     gamma = _spread(state, op.gamma, op.segments, op.channels, 1.0)
     beta = _spread(state, op.beta, op.segments, op.channels, 0.0)
     scale = gamma * inverse
