@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks import kernels, lean, linear_choices, spaces
+from benchmarks import kernels, lean, linear_choices, population, spaces
 from benchmarks.timing import keep_memory, machine
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -33,6 +33,7 @@ SUITES: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
     "kernels": kernels.rows,
     "lean": lean.rows,
     "linear_choices": linear_choices.rows,
+    "population": population.rows,
     "spaces": spaces.rows,
 }
 TIMES = ("median", "p20", "p80")

@@ -21,7 +21,6 @@ from nascompile.compiler.signature import call_shape
 from nascompile.compiler.space import unwrap
 from nascompile.compiler.templates import Apart, Forced
 from nascompile.compiler.values import key_of
-from nascompile.compiler.verify import state_kept
 
 log = logging.getLogger(__name__)
 
@@ -201,19 +200,20 @@ class Plan:
         for index, masks in enumerate(self.population.masks):
             if index not in self._apart:
                 by_template.setdefault(id(self.resolver.template("", masks)), index)
-        args, kwargs = self.call
-        with state_kept(self.model, args, kwargs):
-            state = random_states()
+        state = random_states()
+        try:
             for index in list(by_template.values())[:_CHECKED]:
                 set_random_states(state)
-                copied: Call = tree_map_only(Tensor, torch.clone, self.call)
+                args, kwargs = tree_map_only(Tensor, torch.clone, self.call)
                 with forced_mutator(Forced(self.population.masks[index])):
-                    expected = self.model(*copied[0], **copied[1])
+                    expected = self.model(*args, **kwargs)
                 set_random_states(state)
                 found = next(iter(self._scheduled([outputs[index]]).run(self.call, {0})))[1]
                 if not _agree(found, expected):
                     self.whole = "the trace gives other values than the model"
                     return
+        finally:
+            set_random_states(state)
 
 
 def _agree(found: Any, expected: Any) -> bool:

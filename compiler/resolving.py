@@ -187,7 +187,7 @@ class _Walk:
             call = _set_item if node.target is operator.setitem else node.target
             assert callable(call)
             return self.ref(("function", call), Value(call, args, kwargs, copies))
-        module = self.model.get_submodule(str(node.target))
+        module = template.modules[node]
         if isinstance(module, LayerChoice | InputChoice) and why_whole(module) is None:
             if isinstance(module, LayerChoice):
                 return self.layer_choice(template, node, module, args, kwargs)

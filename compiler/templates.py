@@ -57,6 +57,9 @@ class Template:
         drop_identity(self.gm)
         functionalize_in_place(self.gm)
         self.nodes = list(self.gm.graph.nodes)
+        self.modules = {
+            node: model.get_submodule(str(node.target)) for node in self.nodes if node.op == "call_module"
+        }
         self._order = {node: position for position, node in enumerate(self.nodes)}
         self._families = _families(self.gm)
         self.copies = {node for node in self.nodes if self._make_functional(node)}
@@ -81,7 +84,7 @@ class Template:
 
     def _make_functional(self, node: fx.Node) -> bool:
         """Whether `node` changes its argument in place; from then on its result stands for the argument."""
-        if node.op == "call_module" and not is_builtin(self.gm.get_submodule(str(node.target))):
+        if node.op == "call_module" and not is_builtin(self.modules[node]):
             return False  # found out when it runs
         if isinstance(node.kwargs.get("out"), fx.Node):
             raise Apart(f"{node.name} writes into an argument")

@@ -133,6 +133,24 @@ def test_reductions_of_inputs(reduction: str) -> None:
     assert_exact(Edges(reduction), architectures, torch.randn(2, 3, 4, 4))
 
 
+class TwoReductions(nn.Module):
+    """The same values summed and averaged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = InputChoice(2, reduction="sum", key="total")
+        self.mean = InputChoice(2, reduction="mean", key="mean")
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        both = [x + 1, x - 2]
+        return self.total(both), self.mean(both)
+
+
+def test_two_reductions_of_the_same_values() -> None:
+    architectures: list[Architecture] = [{"total": [0, 1], "mean": [0, 1]}, {"total": 0, "mean": [0, 1]}]
+    assert_exact(TwoReductions(), architectures, torch.randn(2, 4))
+
+
 def test_weights_and_several_layers() -> None:
     weighed = [edges([0.5, 0.25, 0.0], [0.2, 0.0, 0.8], 1, 0), edges([0.5, 0.25, 0.0], [0.2, 0.0, 0.7], 1, 0)]
     several = [edges([0, 1], [True, True, False], [1, 2], 0), edges([0, 1], [True, True, False], [0, 2], 0)]
