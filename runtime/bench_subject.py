@@ -100,7 +100,7 @@ def _with_data(file: ModelFile, batch_size: int, seed: int) -> Subject:
 
     def loss(output: Any) -> Tensor:
         device = next(t.device for t in tree_leaves(output) if isinstance(t, Tensor))
-        return found.training_loss(output, to_device(batch.target, device))
+        return file.call("loss", found.training_loss, output, to_device(batch.target, device))
 
     notes = [note for note in file.notes if note.split(":")[0] in ("model", "loss")]
     return Subject(found.model.train(), inputs, loss, notes)

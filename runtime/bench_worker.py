@@ -159,6 +159,8 @@ class Worker:
 
     def close(self) -> None:
         """End the process and what it started."""
+        if self._connection.closed:
+            return
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
