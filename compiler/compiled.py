@@ -14,6 +14,7 @@ from nascompile.compiler.errors import TraceError
 from nascompile.compiler.lower import gives_nothing, lowered
 from nascompile.compiler.mutables import InputChoice, LayerChoice, Mutable
 from nascompile.compiler.passes.fuse_weighted_sums import first_pattern
+from nascompile.compiler.region.show import describe
 from nascompile.compiler.space import read_space, unwrap
 from nascompile.compiler.trace import Island, where_defined
 from nascompile.compiler.unit import Entry, Unit, listens_to_scopes, scope_mutator
@@ -177,6 +178,12 @@ class CompiledModel(nn.Module):
         return "\n".join(
             f"# {rewrites}\n{graph.python_code('self').src.strip()}\n" for graph, rewrites in graphs
         )
+
+    @property
+    def plans(self) -> str:
+        """The plans made so far, as text: memory, arithmetic, phases and steps."""
+        found = [(region, plan) for e in self.entries for region in e.regions for plan in region.plans]
+        return "\n\n".join(f"{region.__name__}: {describe(plan)}" for region, plan in found)
 
     def _entry(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entry:
         with self._plain():

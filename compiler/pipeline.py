@@ -16,6 +16,7 @@ from nascompile.compiler.passes.fuse_regions import fuse_regions
 from nascompile.compiler.passes.fuse_weighted_sums import fuse_weighted_sums
 from nascompile.compiler.passes.lower_choices import lower_choices
 from nascompile.compiler.passes.share_prefixes import share_prefixes
+from nascompile.compiler.region.rewrites import REWRITES
 from nascompile.compiler.spec import check
 
 log = logging.getLogger(__name__)
@@ -41,12 +42,14 @@ def names(passes: Sequence[Pass] = DEFAULT) -> list[str]:
 def run(gm: fx.GraphModule, passes: Sequence[Pass] = DEFAULT, *, skip: Sequence[str] = ()) -> dict[str, int]:
     """Run the passes in order on `gm`, in place; the answer is the number of rewrites of each.
 
-    After every pass the graph must be legal for its stage (`spec`). Raises NascompileError for an unknown
-    name in `skip`.
+    `skip` names passes, or rewrites inside plans (`region.rewrites`). After every pass the graph must be legal
+    for its stage (`spec`). Raises NascompileError for an unknown name in `skip`.
     """
-    unknown = [name for name in skip if name not in names(passes)]
+    known = [*names(passes), *REWRITES]
+    unknown = [name for name in skip if name not in known]
     if unknown:
-        raise NascompileError(f"there is no pass {unknown[0]!r}; passes: {', '.join(names(passes))}")
+        raise NascompileError(f"there is no pass {unknown[0]!r}; passes: {', '.join(known)}")
+    gm.meta["skip"] = tuple(skip)
     check(gm, "traced", "tracing")
     stage, rewrites = "traced", {}
     for one in passes:

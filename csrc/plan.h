@@ -52,7 +52,8 @@ enum StepKind : int64_t {
   kCombine,
   kReduce,
   kUnstage,
-  kMask
+  kMask,
+  kPick
 };
 
 struct Load {
@@ -125,6 +126,11 @@ struct Unstage {
 struct Mask {
   Map gradient, value;
   int64_t activation;
+};
+
+struct Pick {
+  Map source, target;
+  int64_t first_source, step_source, first_target, step_target, count, adds;
 };
 
 // ---- barrier operations; each follows (kind, flag) ----

@@ -22,6 +22,7 @@ from nascompile.compiler.passes.share_prefixes import share_prefixes
 from nascompile.compiler.region.ir import Unsupported
 from nascompile.compiler.region.operations import CONFIGURATION, kind_of
 from nascompile.compiler.region.region import Region
+from nascompile.compiler.region.rewrites import REWRITES
 
 _FUNCTIONS = frozenset(
     (F.relu, F.relu6, torch.relu, torch.cat, operator.add, torch.add, operator.getitem, torch.zeros_like)
@@ -179,12 +180,11 @@ def why_not_operation(gm: Any, node: fx.Node) -> str | None:
 
 def _why_not_crop(node: fx.Node) -> str | None:
     index = node.args[1]
-    whole = slice(None, None, None)
-    if isinstance(index, tuple) and index[:2] == (whole, whole):
+    if isinstance(index, tuple) and index and index[0] == slice(None, None, None):
         return None
     if all(user.target is torch.zeros_like for user in node.users):
         return None
-    return f"{node.name} takes some samples or channels only"
+    return f"{node.name} takes some samples only"
 
 
 def _depths(gm: fx.GraphModule, reader: _Reader) -> dict[fx.Node, int]:
@@ -254,6 +254,7 @@ def _replace(gm: fx.GraphModule, reader: _Reader, nodes: list[fx.Node], number: 
         candidates,
         _Fallback(gm, copied),
         gm.meta["notes"],
+        frozenset(gm.meta.get("skip", ())) & frozenset(REWRITES),
     )
     with gm.graph.inserting_after(nodes[-1]):
         call = gm.graph.call_function(region, tuple(inputs))

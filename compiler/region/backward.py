@@ -18,6 +18,7 @@ from nascompile.compiler.region.gradients import (
 from nascompile.compiler.region.grids import grid_border, input_grids
 from nascompile.compiler.region.ir import (
     Cat,
+    Channels,
     Conv,
     Norm,
     PoolOp,
@@ -36,6 +37,7 @@ from nascompile.kernels.plan.steps import (
     Map,
     Mask,
     NormaliseBackward,
+    Pick,
     PoolBackward,
     Reduce,
     Store,
@@ -69,6 +71,8 @@ class Backward(Gradients):
             self._conv(value, self.forward.convs[value])
         elif isinstance(op, PoolOp):
             self._pool(value, op)
+        elif isinstance(op, Channels):
+            self._pick(value, op)
         elif isinstance(op, Source):
             self._source(value, op)
 
@@ -249,6 +253,24 @@ class Backward(Gradients):
         for create in waiting:
             create(place, at, len(waiting) > 1)
         self._arrivals[value].append(Arrival(place, None, at, at + y.channels, flag))
+
+    def _pick(self, value: Value, op: Channels) -> None:
+        source, flag = value.inputs[0], self._flag(value)
+        place = self._stored_gradient(value)
+        if place is None:
+            return
+
+        def create(target: Place) -> None:
+            self._step(
+                f"pick backward {value.number}",
+                lambda _: Pick(place.map(), target.map(), 0, 1, op.first, op.step, op.count, 1),
+                reads=place.cells(),
+                writes=target.cells(),
+                flag=flag,
+            )
+
+        self._of[source].direct.append(create)
+        self._of[source].flags.append(flag)
 
     def _pool(self, value: Value, op: PoolOp) -> None:
         source = value.inputs[0]

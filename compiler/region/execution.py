@@ -22,29 +22,40 @@ FLAG_LIMIT = 4096
 
 
 class Memory:
-    """Slabs of one size; one that is not in use any more is used again, for fresh pages are slow."""
+    """The slabs of a region's plans, used again and again: fresh pages are slow, and plans take turns."""
 
-    def __init__(self, floats: int, like: Executor) -> None:
-        self._floats, self._like = floats, like
+    def __init__(self) -> None:
         self._free: list[Tensor] = []
 
-    def lease(self) -> Lease:
-        """A slab, until the lease is given back or forgotten."""
-        return Lease(self._free, self._free.pop() if self._free else new_memory(self._floats, self._like))
+    def lease(self, floats: int, executor: Executor) -> Lease:
+        """Memory of at least so many elements, until the lease is given back or forgotten."""
+        fitting = [slab for slab in self._free if slab.dtype == executor.dtype and slab.numel() >= floats]
+        if fitting:
+            slab = min(fitting, key=Tensor.numel)
+            self._free = [other for other in self._free if other is not slab]
+        else:
+            # what is too small will be so again
+            self._free = []
+            slab = new_memory(floats, executor)
+        return Lease(self, slab)
+
+    def take_back(self, slab: Tensor) -> None:
+        """Keep a slab for the next lease."""
+        self._free.append(slab)
 
 
 class Lease:
-    """A slab in use."""
+    """Memory in use."""
 
-    def __init__(self, free: list[Tensor], slab: Tensor) -> None:
-        self._free = free
+    def __init__(self, memory: Memory, slab: Tensor) -> None:
+        self._memory = memory
         self.slab: Tensor | None = slab
 
     def give_back(self) -> None:
-        """Let others use the slab; its content is lost."""
+        """Let others use the memory; its content is lost."""
         slab, self.slab = self.slab, None
         if slab is not None:
-            self._free.append(slab)
+            self._memory.take_back(slab)
 
     def __del__(self) -> None:
         self.give_back()
@@ -86,16 +97,15 @@ class Execution:
     their place in it.
     """
 
-    def __init__(self, plan: Plan, wanted: Wanted | None) -> None:
+    def __init__(self, plan: Plan, wanted: Wanted | None, memory: Memory) -> None:
         self.plan, self.wanted = plan, wanted
         self.parameters = parameters_of(plan.graph)
         self.buffers = buffers_of(plan.graph)
         self.shapes = [ref.value.shape for ref in self.parameters]
         self.executor = plan.settings.executor
-        self.memory = Memory(plan.slab, self.executor)
+        self._memory = memory
         directions = [d for d in (plan.forward, plan.backward) if d is not None]
-        work = max(self.executor.work(direction.program) for direction in directions)
-        self.work = new_memory(work, self.executor)
+        self._work = max(self.executor.work(direction.program) for direction in directions)
         self.options: dict[str, Any] = {"dtype": self.executor.dtype, "device": self.executor.device}
         self._flags: dict[frozenset[Weight], tuple[Tensor, list[bool]]] = {}
         sources = [("input", index) for index in range(len(plan.graph.sources))]
@@ -108,6 +118,10 @@ class Execution:
             asked = [("grad", ref) for ref in self.parameters] + [("grad input", i) for _, i in sources]
             names = [*common, *(("grad output", index) for index in outputs), *asked, "grad decision"]
             self._backward = _places(names, plan.backward)
+
+    def lease(self) -> Lease:
+        """A slab for one run forward and backward."""
+        return self._memory.lease(self.plan.slab, self.executor)
 
     def suits(self, grad: bool) -> bool:
         """Whether the parameters are still what the plan was made for."""
@@ -200,7 +214,9 @@ class Execution:
     ) -> None:
         taken = [tensors[place] for place in places]
         flags = self.flags(chosen)[0]
-        self.executor.run(direction.program, direction.encoded, slab, self.work, flags, taken)
+        work = self._memory.lease(self._work, self.executor)
+        self.executor.run(direction.program, direction.encoded, slab, _slab(work), flags, taken)
+        work.give_back()
 
 
 def _places(names: Sequence[Any], direction: Direction) -> list[int]:
@@ -229,7 +245,7 @@ def call(
     parameters = [ref.value for ref in execution.parameters]
     if execution.wanted is not None:
         return RunPlan.apply(execution, decisions, fallback, decision, *tensors, *parameters)
-    lease = execution.memory.lease()
+    lease = execution.lease()
     with torch.no_grad():
         known = _known(execution, decision, tensors, parameters)
         outputs = execution.forward(_slab(lease), decisions.chosen, known)
@@ -260,7 +276,7 @@ class RunPlan(torch.autograd.Function):
         decision, *rest = args
         ctx.execution, ctx.decisions, ctx.fallback = execution, decisions, fallback
         ctx.count = len(rest) - len(execution.parameters)
-        ctx.lease = execution.memory.lease()
+        ctx.lease = execution.lease()
         known = _known(execution, decision, rest[: ctx.count], rest[ctx.count :])
         outputs = execution.forward(_slab(ctx.lease), decisions.chosen, known)
         ctx.save_for_backward(*args)
@@ -275,7 +291,7 @@ class RunPlan(torch.autograd.Function):
         known = _known(execution, decision, rest[: ctx.count], rest[ctx.count :])
         if ctx.lease.slab is None:
             # the first backward has used the memory up
-            ctx.lease = execution.memory.lease()
+            ctx.lease = execution.lease()
             execution.forward(_slab(ctx.lease), chosen, known, updates=False)
         found = execution.backward(_slab(ctx.lease), chosen, known, grads)
         ctx.lease.give_back()

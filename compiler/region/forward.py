@@ -10,6 +10,7 @@ from nascompile.compiler.region.flags import ALWAYS, Flags
 from nascompile.compiler.region.ir import (
     Act,
     Cat,
+    Channels,
     Conv,
     Crop,
     Graph,
@@ -36,6 +37,7 @@ from nascompile.kernels.plan.steps import (
     Normalise,
     PackDense,
     PackDepthwise,
+    Pick,
     Pool,
     Reduce,
     Store,
@@ -78,6 +80,8 @@ class Forward(Storage):
                 self._combine(value)
         elif isinstance(op, Cat):
             self._concatenate(value)
+        elif isinstance(op, Channels):
+            self._pick(value, op)
         elif isinstance(op, Crop):
             if any(not isinstance(user.op, Conv) for user in value.users) or value in self.outputs:
                 raise Unsupported("a crop is read by something else than a convolution")
@@ -276,6 +280,19 @@ class Forward(Storage):
             () if moments == NONE else (Summed("sums", moments),),
             (out,),
             self.flag(value),
+        )
+
+    def _pick(self, value: Value, op: Channels) -> None:
+        source = value.inputs[0]
+        if any(logical != padded for logical, _, padded in self.segments(source)):
+            raise Unsupported(f"channels are chosen of {source.channels} that do not lie side by side")
+        x, y = self.place(source), self.place(value)
+        self._step(
+            f"pick {value.number}",
+            lambda _: Pick(x.map(), y.map(), op.first, op.step, 0, 1, op.count, 0),
+            reads=x.cells(),
+            writes=y.cells(),
+            flag=self.flag(value),
         )
 
     def _moments_of(self, source: Value) -> int:

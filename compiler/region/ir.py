@@ -122,6 +122,15 @@ class Crop:
 
 
 @dataclass(frozen=True, slots=True)
+class Channels:
+    """x[:, first::step], `count` channels."""
+
+    first: int
+    step: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class Cat:
     """Concatenation of channels."""
 
@@ -146,7 +155,7 @@ class Sum:
     terms: tuple[TermInfo, ...]
 
 
-Op = Source | Conv | Norm | Act | PoolOp | Crop | Cat | Zero | Sum
+Op = Source | Conv | Norm | Act | PoolOp | Crop | Channels | Cat | Zero | Sum
 Shape = tuple[int, int, int]
 
 
@@ -170,7 +179,10 @@ class Value:
 class Graph:
     """The values of a region in the order of their computation."""
 
-    def __init__(self, sources: Sequence[Shape], dtype: torch.dtype, device: str) -> None:
+    def __init__(
+        self, sources: Sequence[Shape], dtype: torch.dtype, device: str, *, shares: bool = True
+    ) -> None:
+        self._shares = shares
         self.dtype, self.device = dtype, device
         self.values: list[Value] = []
         self._known: dict[object, Value] = {}
@@ -182,7 +194,7 @@ class Graph:
         always."""
         inputs = tuple(inputs)
         key = (op, shape, tuple(value.number for value in inputs))
-        found = self._known.get(key)
+        found = self._known.get(key) if self._shares else None
         if found is None:
             found = Value(op, inputs, shape, len(self.values))
             self.values.append(found)

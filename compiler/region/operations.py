@@ -15,6 +15,7 @@ from nascompile.compiler.guards import has_hooks
 from nascompile.compiler.region.ir import (
     Act,
     Cat,
+    Channels,
     Conv,
     Crop,
     Graph,
@@ -248,6 +249,15 @@ def _cat(graph: Graph, node: fx.Node, env: Env, owner: Weight | None) -> Value:
     return graph.add(Cat(), flat, (sum(v.channels for v in flat), *flat[0].shape[1:]), owner)
 
 
+def _channels(graph: Graph, node: fx.Node, x: Value, parts: list[Any], owner: Weight | None) -> Value:
+    whole = slice(None, None, None)
+    first, _, step = parts[1].indices(x.channels)
+    count = len(range(x.channels)[parts[1]])
+    if parts[2:] != [whole, whole] or step < 1 or count < 1:
+        raise Unsupported(f"{node.format_node()} is not a plain choice of channels")
+    return graph.add(Channels(first, step, count), (x,), (count, *x.shape[1:]), owner)
+
+
 def _crop(graph: Graph, node: fx.Node, env: Env, owner: Weight | None) -> Value:
     x, index = _value(node, 0, env), node.args[1]
     whole = slice(None, None, None)
@@ -258,8 +268,10 @@ def _crop(graph: Graph, node: fx.Node, env: Env, owner: Weight | None) -> Value:
         numbers = (part.start or 0, part.stop, part.step or 1)
         if not all(n is None or isinstance(n, int) for n in numbers):
             raise Unsupported(f"{node.format_node()} has a bound that is not a number")
-    if parts[0] != whole or parts[1] != whole:
-        raise Unsupported(f"{node.format_node()} takes some samples or channels only")
+    if parts[0] != whole:
+        raise Unsupported(f"{node.format_node()} takes some samples only")
+    if parts[1] != whole:
+        return _channels(graph, node, x, parts, owner)
     height, width = (len(range(n)[part]) for n, part in zip(x.shape[1:], parts[2:], strict=True))
     (top, _, step_h), (left, _, step_w) = (
         part.indices(n) for n, part in zip(x.shape[1:], parts[2:], strict=True)

@@ -92,9 +92,12 @@ def _build(graph: Graph, settings: Settings, wanted: Wanted | None) -> Plan:
     buffers: list[Buffer] = list(forward.buffers)
     touch(forward.tasks.tasks, 0)
     if backward is not None:
-        set_phases(backward.tasks, late=True)
+        set_phases(backward.tasks, late="gather_phases" not in settings.without)
         touch(backward.tasks.tasks, phases)
         buffers += backward.buffers
+    if "reuse_memory" in settings.without:
+        for buffer in buffers:
+            buffer.first = 0
     slab = lay_out(buffers)
     ahead = _emit(forward.tasks, settings, flags, forward.sums, 0, forward.tensors)
     back = None

@@ -23,12 +23,13 @@ def read(
     shapes: Sequence[Shape],
     is_weighted: Mapping[LoweredChoice, bool],
     executor: Executor,
+    without: frozenset[str] = frozenset(),
 ) -> Graph:
     """The graph of `nodes` for inputs of the given shapes (channels, height, width).
 
     `is_weighted`: for every choice, whether its decision has weights or only selects. Raises Unsupported.
     """
-    graph = Graph(shapes, executor.dtype, executor.device)
+    graph = Graph(shapes, executor.dtype, executor.device, shares="share_values" not in without)
     env: Env = dict(zip(inputs, graph.sources, strict=True))
     for node in nodes:
         if isinstance(node.target, LoweredLayerChoice):

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from nascompile.compiler.candidates import Candidate
 from nascompile.compiler.lower import LoweredChoice
 from nascompile.compiler.region.decisions import Decisions, choice_length, read_decisions
-from nascompile.compiler.region.execution import Execution, call, parameters_of
+from nascompile.compiler.region.execution import Execution, Memory, call, parameters_of
 from nascompile.compiler.region.executors import EXECUTORS, Executor
 from nascompile.compiler.region.gradients import Wanted
 from nascompile.compiler.region.ir import Unsupported, Weight
@@ -28,6 +28,7 @@ class Region:
     """`nodes` of the model's graph as one call: takes the values of `inputs`, gives those of `outputs`.
 
     `fallback` computes the same op by op. `notes` gets, under the region's name, why a plan cannot be made.
+    `without`: rewrites that plans leave out.
     """
 
     def __init__(
@@ -40,7 +41,9 @@ class Region:
         candidates: Mapping[LoweredChoice, Sequence[tuple[nn.Module, Candidate]]],
         fallback: Callable[..., Any],
         notes: dict[str, str],
+        without: frozenset[str] = frozenset(),
     ) -> None:
+        self._without = without
         self.__name__ = self.__qualname__ = name
         self.__module__ = "nascompile"
         self.nodes, self.inputs, self.outputs = tuple(nodes), tuple(inputs), tuple(outputs)
@@ -52,6 +55,7 @@ class Region:
         self._candidates = candidates
         self._notes = notes
         self._executions: dict[Any, Execution | None] = {}
+        self._memory = Memory()
 
     def __call__(self, *tensors: Tensor) -> Any:
         executor = executor_for(tensors)
@@ -105,7 +109,7 @@ class Region:
         weighted = dict(zip(self.choices, decisions.is_weighted, strict=True))
         graph = read(
             *(self._modules, self.nodes, self.inputs, self.outputs, self._candidates),
-            *(shapes, weighted, executor),  # type: ignore[arg-type]
+            *(shapes, weighted, executor, self._without),  # type: ignore[arg-type]
         )
         images = tensors[0].shape[0]
         slots: dict[Weight, int] = {}
@@ -124,8 +128,9 @@ class Region:
             has_backward=wanted is not None,
             borders=read_borders(graph, executor.lane()),
             slots=slots,
+            without=self._without,
         )
-        return Execution(build(graph, settings, wanted), wanted)
+        return Execution(build(graph, settings, wanted), wanted, self._memory)
 
     def _wanted(self, graph: Any, tensors: Sequence[Tensor], decisions: Decisions) -> Wanted:
         return Wanted(

@@ -14,7 +14,8 @@ class Settings:
 
     channels_last: the memory format of inputs and outputs. borders: by (padded channels, height, width), the
     zeros that convolutions read around such an image; one border for all, so that they can share scratch
-    memory. slots: the place of every weight in the decision tensor.
+    memory. slots: the place of every weight in the decision tensor. without: names of rewrites (rewrites.py)
+    that are left out.
     """
 
     executor: Executor
@@ -25,6 +26,7 @@ class Settings:
     has_backward: bool
     borders: dict[tuple[int, int, int], tuple[int, int]]
     slots: dict[Weight, int]
+    without: frozenset[str] = frozenset()
 
     def strides(self, shape: Shape) -> tuple[int, int, int, int]:
         """The strides of an input or output: of samples, channels, rows and columns, in elements."""

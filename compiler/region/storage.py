@@ -16,6 +16,7 @@ from nascompile.compiler.region.flags import ALWAYS, Flags
 from nascompile.compiler.region.ir import (
     Act,
     Cat,
+    Channels,
     Conv,
     Crop,
     Graph,
@@ -105,6 +106,8 @@ class Storage:
         """Whether a normalisation is applied by its readers."""
         if not isinstance(value.op, Norm) or value in self.outputs or not value.users:
             return False
+        if "delay_norms" in self.settings.without:
+            return False
         if all(isinstance(user.op, Sum) for user in value.users):
             return True
         return len(value.users) == 1 and isinstance(value.users[0].op, Conv | Act)
@@ -113,11 +116,15 @@ class Storage:
         """Whether an activation is applied while convolutions read."""
         if not isinstance(value.op, Act) or value in self.outputs or not value.users:
             return False
+        if "stage_activations" in self.settings.without:
+            return False
         return all(_is_read_by_convolutions(user) for user in value.users)
 
     def is_merged_sum(self, value: Value) -> bool:
         """Whether a sum is part of the one sum that reads it."""
         if not isinstance(value.op, Sum) or len(value.users) != 1 or value in self.outputs:
+            return False
+        if "merge_sums" in self.settings.without:
             return False
         user = value.users[0]
         if isinstance(user.op, Act):
@@ -130,12 +137,16 @@ class Storage:
         """Whether a depthwise convolution is computed inside the pointwise one that reads it."""
         if not isinstance(value.op, Conv) or not value.op.is_depthwise or value in self.outputs:
             return False
+        if "fuse_depthwise" in self.settings.without:
+            return False
         users = value.users
         return len(users) == 1 and isinstance(users[0].op, Conv) and users[0].op.is_pointwise
 
     def _placed_parts(self) -> dict[Value, tuple[Value, int]]:
         """The values that are computed right into a concatenation: which, and their first padded channel."""
         parts: dict[Value, tuple[Value, int]] = {}
+        if "place_parts" in self.settings.without:
+            return parts
         for cat in self.graph.values:
             if not isinstance(cat.op, Cat):
                 continue
@@ -144,7 +155,7 @@ class Storage:
                 # a part that others read as well must be there whenever they are
                 alone = cat.owners is None or len(part.users) == 1
                 free = part not in parts and cat.inputs.count(part) == 1 and alone
-                if free and isinstance(part.op, Sum | Norm | Act | Conv | PoolOp):
+                if free and isinstance(part.op, Sum | Norm | Act | Conv | PoolOp | Channels):
                     parts[part] = (cat, first)
                 first += self._padded(part.channels)
         return parts

@@ -2,6 +2,8 @@
 // kernels/plan/steps.py has the formulas. Compiled once per instruction set.
 #include <cstring>
 
+#include <algorithm>
+
 #include "isa.h"
 #include "plan_lanes.h"
 
@@ -452,6 +454,28 @@ void plan_mask(const plan::Mask& step, const plan::Image& image) {
       });
     });
   });
+}
+
+void plan_pick(const plan::Pick& step, const plan::Image& image) {
+  for (int64_t y = 0; y < step.target.height; ++y) {
+    const float* in = image.at(step.source) + y * step.source.row + step.first_source;
+    float* out = image.at(step.target) + y * step.target.row;
+    for (int64_t x = 0; x < step.target.width; ++x) {
+      float* to = out + step.first_target;
+      if (step.adds != 0) {
+        for (int64_t i = 0; i < step.count; ++i) {
+          to[i * step.step_target] += in[i * step.step_source];
+        }
+      } else {
+        std::fill_n(out, step.target.channels, 0.0f);
+        for (int64_t i = 0; i < step.count; ++i) {
+          to[i * step.step_target] = in[i * step.step_source];
+        }
+      }
+      in += step.source.pixel;
+      out += step.target.pixel;
+    }
+  }
 }
 
 }  // namespace nascompile::CPU_CAPABILITY

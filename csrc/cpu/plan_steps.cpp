@@ -35,6 +35,8 @@ void plan_step(int64_t kind, const int64_t* fields, const plan::Image& image) {
       return plan_unstage(as<plan::Unstage>(fields), image);
     case plan::kMask:
       return plan_mask(as<plan::Mask>(fields), image);
+    case plan::kPick:
+      return plan_pick(as<plan::Pick>(fields), image);
   }
 }
 

@@ -24,6 +24,7 @@ from nascompile.kernels.plan.steps import (
     Load,
     Map,
     Mask,
+    Pick,
     Pool,
     PoolBackward,
     Reduce,
@@ -284,6 +285,16 @@ def mask(state: State, step: Mask) -> None:
     gradient.copy_(torch.where(_passes(state.view(step.value), step.activation), gradient, 0))
 
 
+def pick(state: State, step: Pick) -> None:
+    source, target = state.view(step.source), state.view(step.target)
+    if not step.adds:
+        target.zero_()
+    last_source = step.first_source + step.step_source * step.count
+    last_target = step.first_target + step.step_target * step.count
+    picked = source[..., step.first_source : last_source : step.step_source]
+    target[..., step.first_target : last_target : step.step_target] += picked
+
+
 RUN: dict[type, Callable[[State, Any], None]] = {
     Load: load,
     Store: store,
@@ -296,5 +307,6 @@ RUN: dict[type, Callable[[State, Any], None]] = {
     Reduce: reduce,
     Unstage: unstage,
     Mask: mask,
+    Pick: pick,
 }
 assert Space.slab == 0

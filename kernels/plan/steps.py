@@ -309,6 +309,25 @@ class Mask:
     flag: int = NONE
 
 
+@dataclass(frozen=True, slots=True)
+class Pick:
+    """target[..., first_target + i*step_target] (+)= source[..., first_source + i*step_source] for i < count.
+
+    Some channels of an image, or with `adds` their gradient's way back. Without `adds` the other channels of
+    the target become zero.
+    """
+
+    source: Map
+    target: Map
+    first_source: int
+    step_source: int
+    first_target: int
+    step_target: int
+    count: int
+    adds: int
+    flag: int = NONE
+
+
 # ---- barrier operations: what happens once, between phases ----
 
 
@@ -448,8 +467,8 @@ class NormaliseBackward:
     G and, with batch statistics (`elements` > 0), by_y += -scale * inverse * H / elements and constant +=
     -scale * G / elements - (that by_y) * mean. `vectors` is Normalise's out. by_y and constant are added to:
     several BatchNorms may share one y (the first has `starts` 1 and sets them). gamma, beta: numbers of the
-    gradient tensors, which are added to, or NONE. Where no upstream takes part there is no gradient: nothing is
-    read, and what `starts` is zero.
+    gradient tensors, which are added to, or NONE. Where no upstream takes part there is no gradient: nothing
+    is read, and what `starts` is zero.
     """
 
     vectors: int
@@ -493,6 +512,7 @@ STEPS = (
     Reduce,
     Unstage,
     Mask,
+    Pick,
 )
 BARRIERS = (
     PackDepthwise,
@@ -516,6 +536,7 @@ Step = (
     | Reduce
     | Unstage
     | Mask
+    | Pick
 )
 Barrier = (
     PackDepthwise
