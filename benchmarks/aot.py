@@ -24,8 +24,8 @@ from nascompile.kernels.triton_support import compile_ahead
 def collect(capabilities: list[int]) -> list[dict[str, Any]]:
     """One row per kernel, case and compute capability. A kernel's cases are in kernels/<name>_triton.py."""
     rows = []
-    for kernel in ALL:
-        cases = importlib.import_module(f"nascompile.kernels.{kernel.name}_triton").compilations()
+    for module in (*(f"{kernel.name}_triton" for kernel in ALL), "plan.triton_compilations"):
+        cases = importlib.import_module(f"nascompile.kernels.{module}").compilations()
         for capability in capabilities:
             rows += [
                 {"kernel": case.name, "capability": capability, **asdict(compile_ahead(case, capability))}

@@ -9,6 +9,7 @@ tensors.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from nascompile.kernels.plan.program import Program
 from nascompile.kernels.plan.triton_blocks import SMALLEST
-from nascompile.kernels.plan.triton_table import Launch, lower
+from nascompile.kernels.plan.triton_launches import Launch
+from nascompile.kernels.plan.triton_table import lower
 from nascompile.kernels.triton_support import why_not_triton
 
 LANE = SMALLEST
@@ -36,9 +38,10 @@ def work_size(program: Program) -> int:
     return lower(program).work
 
 
-def precision() -> str:
+def default_precision() -> str:
     """How matrix products read fp32: "tf32" where torch is allowed to, as for its own convolutions."""
-    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+    cudnn: Any = torch.backends.cudnn
+    return "tf32" if cudnn.conv.fp32_precision == "tf32" else "ieee"
 
 
 class Prepared:
@@ -46,7 +49,7 @@ class Prepared:
 
     def __init__(self, program: Program, device: torch.device, precision: str) -> None:
         lowered = lower(program)
-        self.program, self.device = program, device
+        self.program, self.device, self.precision = program, device, precision
         self.work, self._zeroed = lowered.work, lowered.zeroed
         # a launch's record list is never empty; an empty table would have no address
         self._table = torch.tensor(lowered.words or [0], dtype=torch.int64).to(device)
@@ -66,8 +69,9 @@ class Prepared:
         addresses = self._addresses(tensors)
         work[: self._zeroed].zero_()
         arguments = (slab, work, self._table, flags, addresses)
-        for call in self._calls:
-            call(arguments, self.program.images)
+        with torch.cuda.device(self.device) if slab.is_cuda else nullcontext():
+            for call in self._calls:
+                call(arguments, self.program.images)
 
     def _check(self, slab: Tensor, work: Tensor, flags: Tensor) -> None:
         for name, tensor in (("slab", slab), ("work", work)):
@@ -114,11 +118,11 @@ def prepare(program: Program, device: torch.device, precision: str | None = None
 
     precision: of matrix products, "ieee" or "tf32"; None asks torch.backends.
     """
-    return Prepared(program, device, precision or globals()["precision"]())
+    return Prepared(program, device, precision or default_precision())
 
 
 def _bind(launch: Launch, precision: str) -> Callable[[tuple[Tensor, ...], int], None]:
-    function, names = _kernels()[launch.kernel]
+    function, names = kernels()[launch.kernel]
     options: dict[str, Any] = dict(launch.block)
     if "PRECISION" in names:
         options["PRECISION"] = precision
@@ -132,7 +136,7 @@ def _bind(launch: Launch, precision: str) -> Callable[[tuple[Tensor, ...], int],
 
 
 @cache
-def _kernels() -> dict[str, tuple[Any, tuple[str, ...]]]:
+def kernels() -> dict[str, tuple[Any, tuple[str, ...]]]:
     """The kernels by name, with the names of their parameters; Triton is imported when one is needed."""
     from nascompile.kernels.plan import triton_barriers, triton_convolve, triton_maps, triton_pool
 

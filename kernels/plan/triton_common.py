@@ -112,7 +112,8 @@ def as_double(word):
 @triton.jit
 def tensor_at(pointers_ptr, number, KIND: tl.constexpr):
     """The pointer of a tensor of the program."""
-    return tl.load(pointers_ptr + number).to(tl.pointer_type(KIND))
+    kind = tl.pointer_type(KIND)  # pyright: ignore[reportArgumentType]
+    return tl.load(pointers_ptr + number).to(kind)
 
 
 @triton.jit

@@ -280,3 +280,34 @@ def mask_kernel(
     value = read(slab_ptr, base_of(slab_ptr, work_ptr, place, n, y, x), channel, inside)
     g = tl.where(passes(value, tl.load(step + 17)), read(slab_ptr, base, channel, inside), 0.0)
     write(slab_ptr, base, channel, g, inside)
+
+
+@triton.jit(do_not_specialize=["first", "images"])
+def pick_kernel(
+    slab_ptr,
+    work_ptr,
+    table_ptr,
+    flags_ptr,
+    pointers_ptr,
+    first,
+    images,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Record: flag, source, target, first and step in the source and in the target, count, adds."""
+    step = record_of(table_ptr, first)
+    source, target = step + 1, step + 9
+    if is_idle(flags_ptr, tl.load(step), target, images, BLOCK_P, BLOCK_C):
+        return
+    n, y, x, inside = pixels_of(target, images, tl.program_id(0), BLOCK_P)
+    channel = channels_of(BLOCK_C)
+    away, stride = channel - tl.load(step + 19).to(tl.int32), tl.load(step + 20).to(tl.int32)
+    number = away // stride
+    picked = (away >= 0) & (number * stride == away) & (number < tl.load(step + 21).to(tl.int32))
+    other = tl.load(step + 17) + number * tl.load(step + 18)
+    base = base_of(slab_ptr, work_ptr, source, n, y, x)
+    there = inside[:, None] & picked[None, :]
+    value = tl.load(slab_ptr + base[:, None] + other[None, :], mask=there, other=0.0)
+    base = base_of(slab_ptr, work_ptr, target, n, y, x)
+    value += read(slab_ptr, base, channel, inside & (tl.load(step + 22) != 0))
+    write(slab_ptr, base, channel, value, inside)

@@ -1,89 +1,38 @@
-"""From a program to the launches that carry it out on a GPU, and the table in device memory that they read.
-
-Every image has its own scratch there, as in reference.State. Sums over pixels go through partial sums: every
-step of a phase has a part of work memory for them, and one launch at the end of the phase adds them up in a
-fixed order. The barrier operations of a phase are carried out kind by kind, many in one launch: none reads
-what an operation of a later kind writes. Those that write the same place go to different launches, in order.
-"""
+"""How every step of a program is carried out on a GPU: the launches of Triton kernels, and their records."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from nascompile.kernels.plan.program import Phase, Program, aligned
+from nascompile.kernels.plan.program import Program
 from nascompile.kernels.plan.steps import (
     NONE,
     Activation,
-    Coefficients,
     Combine,
     Convolve,
     ConvolveBackward,
-    DecisionGradient,
     Load,
     Map,
     Mask,
-    Normalise,
-    NormaliseBackward,
-    PackDense,
-    PackDepthwise,
+    Pick,
     Pool,
     PoolBackward,
     Reduce,
     Space,
     Stage,
+    Step,
     Store,
     Tap,
-    UnpackDense,
-    UnpackDepthwise,
     Unstage,
 )
-from nascompile.kernels.plan.triton_blocks import SMALLEST, Block, block_of, dense_block, gradient_block
-from nascompile.kernels.plan.triton_records import Table, rounds, written_by
-
-ORDER = (
-    *(PackDepthwise, PackDense, Normalise, Coefficients),
-    *(NormaliseBackward, UnpackDepthwise, UnpackDense, DecisionGradient),
+from nascompile.kernels.plan.triton_blocks import (
+    SMALLEST,
+    block_of,
+    dense_block,
+    gradient_block,
 )
-"""The kinds of barrier operations, in an order in which those of one phase may be carried out."""
-
-
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """A kernel, its block sizes, its grid, and where the list of its records begins. `names`: the steps'
-    kinds."""
-
-    kernel: str
-    block: Block
-    grid: tuple[int, int, int]
-    first: int
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class Lowered:
-    """The launches of a program, their table, and work memory: its floats, and how many are zero at the
-    start."""
-
-    launches: tuple[Launch, ...]
-    words: list[int]
-    zeroed: int
-    work: int
-
-
-@dataclass(slots=True)
-class _Entry:
-    """Partial sums of a step: rows x columns floats at `partials`, `width` floats apart, and where they
-    go."""
-
-    flags: tuple[int, int]
-    partials: int
-    rows: int
-    width: int
-    columns: int
-    target: int
-    is_sums: bool
+from nascompile.kernels.plan.triton_launches import Entry, Launches, Lowered
 
 
 def why_not(program: Program) -> str | None:
@@ -104,84 +53,9 @@ def lower(program: Program) -> Lowered:
     return Lowered(tuple(lowering.launches), lowering.table.words, lowering.zeroed, lowering.top)
 
 
-class _Lowering:
-    def __init__(self, program: Program) -> None:
-        self.program, self.images = program, program.images
-        self.launches: list[Launch] = []
-        self.gradients = aligned(2 * program.sums)
-        scratch, scratch_image = self.gradients + aligned(program.gradients), aligned(program.scratch)
-        self.table = Table(self.gradients, scratch, scratch_image)
-        self.zeroed = scratch + self.images * scratch_image
-        fused = [
-            step.y_height * step.y_width * step.y_channels
-            for phase in program.phases
-            for step in phase.steps
-            if isinstance(step, ConvolveBackward) and step.depthwise_taps and step.taps
-        ]
-        self.partials = self.zeroed + aligned(self.images * max(fused, default=0))
-        self.top = self.next = self.partials
-        self.entries: list[_Entry] = []
-
-    def launch(
-        self, kernel: str, block: Block, grid: tuple[int, int], records: Sequence[Sequence[int]], name: str
-    ) -> None:
-        first = self.table.add([self.table.add(record) for record in records])
-        self.launches.append(Launch(kernel, block, (*grid, len(records)), first, name))
-
-    def over(self, kernel: str, place: Map, block: Block, record: Sequence[int], name: str) -> None:
-        """Launch a kernel over the pixels and channels of a map."""
-        self.launch(kernel, block, self.grid(place, block), [record], name)
-
-    def grid(self, place: Map, block: Block) -> tuple[int, int]:
-        pixels = self.images * place.height * place.width
-        return -(-pixels // block["BLOCK_P"]), place.channels // block["BLOCK_C"]
-
-    # ---- phases ----
-
-    def phase(self, phase: Phase) -> None:
-        for kind in ORDER:
-            ops = [op for op in phase.barriers if type(op) is kind]
-            for together in rounds(ops, written_by):
-                self.barrier(kind, together)
-        self.next = self.partials
-        for step in phase.steps:
-            _STEPS[type(step)](self, step)
-        for entries in rounds(self.entries, _target):
-            for is_sums in (True, False):
-                self.add_up([entry for entry in entries if entry.is_sums == is_sums], is_sums)
-        self.entries = []
-
-    def add_up(self, entries: Sequence[_Entry], is_sums: bool) -> None:
-        if not entries:
-            return
-        block = {"BLOCK_R": 64, "BLOCK": 16, "IS_SUMS": is_sums, "num_warps": 4}
-        widest = max(entry.columns for entry in entries)
-        start = 0 if is_sums else self.gradients
-        records = [[*e.flags, e.partials, e.rows, e.width, e.columns, start + e.target] for e in entries]
-        self.launch("add_up", block, (-(-widest // 16), 1), records, "add up")
-
-    def sums(
-        self, flags: tuple[int, int], rows: int, width: int, targets: Sequence[tuple[int, int, int]]
-    ) -> int:
-        """Work memory for `rows` rows of `width` partial sums; targets: (column, columns, offset in the
-        sums)."""
-        at = self._partials(rows * width)
-        for column, columns, target in targets:
-            self.entries.append(_Entry(flags, at + column, rows, width, columns, target, True))
-        return at
-
-    def _partials(self, floats: int) -> int:
-        at = self.next
-        self.next += aligned(floats)
-        self.top = max(self.top, self.next)
-        return at
-
-    def moments(self, step: Any, place: Map, block: Block) -> int:
-        """Partial sums of a map and of another, for `step.moments`."""
-        if step.moments == NONE:
-            return NONE
-        width = 2 * place.channels
-        return self.sums((step.flag, NONE), self.grid(place, block)[0], width, [(0, width, step.moments)])
+class _Lowering(Launches):
+    def lower_step(self, step: Step) -> None:
+        _STEPS[type(step)](self, step)
 
     # ---- steps over maps ----
 
@@ -208,13 +82,13 @@ class _Lowering:
         place, channels = step.gradient, step.gradient.channels
         block, width = block_of(channels), (len(step.terms) + 1) * channels
         rows = self.grid(place, block)[0]
-        at = self._partials(rows * width)
+        at = self.partial_sums(rows * width)
         goals = [(k, term.coefficient, term.flag) for k, term in enumerate(step.terms)]
         if step.total != NONE:
             goals.append((len(step.terms), step.total, NONE))
         for k, target, flag in goals:
             self.entries.append(
-                _Entry((step.flag, flag), at + k * channels, rows, width, channels, target, True)
+                Entry((step.flag, flag), at + k * channels, rows, width, channels, target, True)
             )
         record = [
             step.flag,
@@ -241,6 +115,12 @@ class _Lowering:
     def mask(self, step: Mask) -> None:
         record = [step.flag, *self.table.map(step.gradient), *self.table.map(step.value), step.activation]
         self.over("mask", step.gradient, block_of(step.gradient.channels), record, "mask")
+
+    def pick(self, step: Pick) -> None:
+        record = [step.flag, *self.table.map(step.source), *self.table.map(step.target)]
+        record += [step.first_source, step.step_source, step.first_target, step.step_target]
+        record += [step.count, step.adds]
+        self.over("pick", step.target, block_of(step.target.channels), record, "pick")
 
     # ---- pooling ----
 
@@ -276,7 +156,7 @@ class _Lowering:
     def convolve(self, step: Convolve) -> None:
         y = step.y
         is_depthwise, is_dense = bool(step.depthwise_taps), bool(step.taps)
-        block = dense_block(y.channels, step.x.channels) if is_dense else block_of(y.channels)
+        block = dense_block(y.channels) if is_dense else block_of(y.channels)
         record = [step.flag, *self.view(step.x, (step.stride_h, step.stride_w)), *self.table.map(y)]
         record += self.table.taps(step.depthwise_taps if is_depthwise else step.taps)
         record += [step.depthwise_weights if is_depthwise else step.weights, 0]
@@ -310,7 +190,7 @@ class _Lowering:
         if is_dense and step.gradient != NONE:
             self.dense_gradient(step, source, dy, dy_words)
         if dy is not dd:
-            block = dense_block(dd.channels, dy.channels)
+            block = dense_block(dd.channels)
             record = [step.flag, *dy_words, *self.table.map(dd), *self.table.taps((Tap(0, 0),))]
             self.over(
                 "dense", dd, block, [*record, step.weights_transposed, 0, NONE], "convolve backward: dd"
@@ -324,14 +204,14 @@ class _Lowering:
         self, step: ConvolveBackward, taps: Sequence[Tap], shares: int, size: int, at: int
     ) -> int:
         """Partial sums [share][tap][size] for the gradients of the taps' weights."""
-        partials, width = self._partials(shares * len(taps) * size), len(taps) * size
+        partials, width = self.partial_sums(shares * len(taps) * size), len(taps) * size
         if [tap.weight for tap in taps] == list(range(len(taps))):
             goals = [(0, width, at)]
         else:
             goals = [(k * size, size, at + tap.weight * size) for k, tap in enumerate(taps)]
         for column, columns, target in goals:
             flags = (step.flag, NONE)
-            self.entries.append(_Entry(flags, partials + column, shares, width, columns, target, False))
+            self.entries.append(Entry(flags, partials + column, shares, width, columns, target, False))
         return partials
 
     def dense_gradient(self, step: ConvolveBackward, source: list[int], dy: Map, dy_words: list[int]) -> None:
@@ -359,7 +239,7 @@ class _Lowering:
         if not step.adds:
             self.combine(Combine((), NONE, Activation.none, dx, 0, NONE, flag=step.flag), "clear")
         is_depthwise = bool(step.depthwise_taps)
-        block = block_of(dx.channels) if is_depthwise else dense_block(dx.channels, dd.channels)
+        block = block_of(dx.channels) if is_depthwise else dense_block(dx.channels)
         weights = step.depthwise_weights if is_depthwise else step.weights_transposed
         records, grids = [], [(0, 0)]
         for grid in step.grids:
@@ -385,38 +265,7 @@ class _Lowering:
             kernel = "depthwise" if is_depthwise else "dense"
             self.launch(kernel, block, size, records, "convolve backward: dx")
 
-    # ---- barrier operations ----
 
-    def barrier(self, kind: type, ops: Sequence[Any]) -> None:
-        records = [self.table.barrier(op) for op in ops]
-        size = 1
-        block: Block = {"BLOCK": 64, "num_warps": 1}
-        if kind in (Coefficients, NormaliseBackward):
-            size = max(-(-op.channels // 64) for op in ops)
-        elif kind in (PackDepthwise, UnpackDepthwise, PackDense, UnpackDense):
-            is_dense = kind in (PackDense, UnpackDense)
-            block = {"BLOCK": 256, "PACKS": kind in (PackDepthwise, PackDense), "num_warps": 4}
-            counts = [op.in_channels * op.out_channels if is_dense else op.channels for op in ops]
-            size = max(-(-op.count * count // 256) for op, count in zip(ops, counts, strict=True))
-        self.launch(_KERNELS[kind], block, (size, 1), records, kind.__name__)
-
-
-def _target(entry: _Entry) -> list[tuple[bool, int]]:
-    """What an entry adds to, lane by lane."""
-    end = entry.target + entry.columns
-    return [(entry.is_sums, at) for at in range(entry.target, end, SMALLEST)]
-
-
-_KERNELS: dict[type, str] = {
-    PackDepthwise: "pack_depthwise",
-    PackDense: "pack_dense",
-    UnpackDepthwise: "pack_depthwise",
-    UnpackDense: "pack_dense",
-    Normalise: "normalise",
-    Coefficients: "coefficients",
-    NormaliseBackward: "normalise_backward",
-    DecisionGradient: "decision_gradient",
-}
 _STEPS: dict[type, Callable[[_Lowering, Any], None]] = {
     Load: _Lowering.copy,
     Store: _Lowering.copy,
@@ -425,6 +274,7 @@ _STEPS: dict[type, Callable[[_Lowering, Any], None]] = {
     Reduce: _Lowering.reduce,
     Unstage: _Lowering.unstage,
     Mask: _Lowering.mask,
+    Pick: _Lowering.pick,
     Pool: _Lowering.pool,
     PoolBackward: _Lowering.pool_backward,
     Convolve: _Lowering.convolve,

@@ -15,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = "tests/kernels/test_kernels.py"
+PLANS = (("tests/kernels/test_plan_triton.py", 50), ("tests/compiler/test_plan_triton.py", 2))
 CUDA_SOURCES = sorted(path.relative_to(ROOT) for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
 
 needs_triton = pytest.mark.skipif(
@@ -55,6 +56,16 @@ def test_triton_kernels_in_the_interpreter():
 
 
 @pytest.mark.slow
+@needs_triton
+@pytest.mark.parametrize(("path", "least"), PLANS)
+def test_plans_in_the_interpreter(path, least):
+    result = run(
+        [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", path], TRITON_INTERPRET="1"
+    )
+    assert passed(result) >= least
+
+
+@pytest.mark.slow
 def test_the_table_holds_without_the_extension():
     script = f"""
 import sys, pytest
@@ -65,6 +76,7 @@ sys.exit(pytest.main(["-qx", "-p", "no:cacheprovider", "{TABLE}", "-k", "default
     assert passed(result) >= 20
 
 
+@pytest.mark.slow
 @needs_triton
 def test_triton_kernels_compile_for_two_gpus_without_spilling():
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

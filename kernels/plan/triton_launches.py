@@ -1,0 +1,200 @@
+"""Launches of Triton kernels for a program: phases, barrier operations, and the sums of partial sums.
+
+Every image has its own scratch, as in reference.State. Sums over pixels go through partial sums: every step
+of a phase has a part of work memory for them, and launches at the end of the phase add them up in a fixed
+order.
+The barrier operations of a phase are carried out kind by kind, many in one launch: none reads what an
+operation of a later kind writes. Those that write the same place go to different launches, in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nascompile.kernels.plan.program import Phase, Program, aligned
+from nascompile.kernels.plan.steps import (
+    NONE,
+    Coefficients,
+    ConvolveBackward,
+    DecisionGradient,
+    Map,
+    Normalise,
+    NormaliseBackward,
+    PackDense,
+    PackDepthwise,
+    Step,
+    UnpackDense,
+    UnpackDepthwise,
+)
+from nascompile.kernels.plan.triton_blocks import SMALLEST, Block, add_up_block, barrier_block
+from nascompile.kernels.plan.triton_records import Table, rounds, written_by
+
+ORDER = (
+    *(PackDepthwise, PackDense, Normalise, Coefficients),
+    *(NormaliseBackward, UnpackDepthwise, UnpackDense, DecisionGradient),
+)
+"""The kinds of barrier operations, in an order in which those of one phase may be carried out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A kernel, its block sizes, its grid, and where the list of its records begins. `names`: the steps'
+    kinds."""
+
+    kernel: str
+    block: Block
+    grid: tuple[int, int, int]
+    first: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Lowered:
+    """The launches of a program, their table, and work memory: its floats, and how many are zero at the
+    start."""
+
+    launches: tuple[Launch, ...]
+    words: list[int]
+    zeroed: int
+    work: int
+
+
+@dataclass(slots=True)
+class Entry:
+    """Partial sums of a step: rows x columns floats at `partials`, `width` floats apart, and where they
+    go."""
+
+    flags: tuple[int, int]
+    partials: int
+    rows: int
+    width: int
+    columns: int
+    target: int
+    is_sums: bool
+
+
+class Launches:
+    """The launches of a program so far. Steps are lowered by `lower_step`, which is not known here."""
+
+    def __init__(self, program: Program) -> None:
+        self.program, self.images = program, program.images
+        self.launches: list[Launch] = []
+        self.gradients = aligned(2 * program.sums)
+        scratch, scratch_image = self.gradients + aligned(program.gradients), aligned(program.scratch)
+        self.table = Table(self.gradients, scratch, scratch_image)
+        self.zeroed = scratch + self.images * scratch_image
+        fused = [
+            step.y_height * step.y_width * step.y_channels
+            for phase in program.phases
+            for step in phase.steps
+            if isinstance(step, ConvolveBackward) and step.depthwise_taps and step.taps
+        ]
+        self.partials = self.zeroed + aligned(self.images * max(fused, default=0))
+        self.top = self.next = self.partials
+        self.entries: list[Entry] = []
+
+    def launch(
+        self, kernel: str, block: Block, grid: tuple[int, int], records: Sequence[Sequence[int]], name: str
+    ) -> None:
+        first = self.table.add([self.table.add(record) for record in records])
+        self.launches.append(Launch(kernel, block, (*grid, len(records)), first, name))
+
+    def over(self, kernel: str, place: Map, block: Block, record: Sequence[int], name: str) -> None:
+        """Launch a kernel over the pixels and channels of a map."""
+        self.launch(kernel, block, self.grid(place, block), [record], name)
+
+    def grid(self, place: Map, block: Block) -> tuple[int, int]:
+        pixels = self.images * place.height * place.width
+        return -(-pixels // block["BLOCK_P"]), place.channels // block["BLOCK_C"]
+
+    def lower_step(self, step: Step) -> None:
+        """Launch what carries out a step."""
+        raise NotImplementedError
+
+    # ---- phases ----
+
+    def phase(self, phase: Phase) -> None:
+        for kind in ORDER:
+            ops = [op for op in phase.barriers if type(op) is kind]
+            for together in rounds(ops, written_by):
+                self.barrier(kind, together)
+        self.next = self.partials
+        for step in phase.steps:
+            self.lower_step(step)
+        for entries in rounds(self.entries, _target):
+            for is_sums in (True, False):
+                self.add_up([entry for entry in entries if entry.is_sums == is_sums], is_sums)
+        self.entries = []
+
+    def add_up(self, entries: Sequence[Entry], is_sums: bool) -> None:
+        if not entries:
+            return
+        block = add_up_block(is_sums)
+        widest = max(entry.columns for entry in entries)
+        start = 0 if is_sums else self.gradients
+        records = [[*e.flags, e.partials, e.rows, e.width, e.columns, start + e.target] for e in entries]
+        self.launch("add_up", block, (-(-widest // block["BLOCK"]), 1), records, "add up")
+
+    def sums(
+        self, flags: tuple[int, int], rows: int, width: int, targets: Sequence[tuple[int, int, int]]
+    ) -> int:
+        """Work memory for `rows` rows of `width` partial sums; targets: (column, columns, offset in the
+        sums)."""
+        at = self.partial_sums(rows * width)
+        for column, columns, target in targets:
+            self.entries.append(Entry(flags, at + column, rows, width, columns, target, True))
+        return at
+
+    def partial_sums(self, floats: int) -> int:
+        """Work memory for partial sums of this phase."""
+        at = self.next
+        self.next += aligned(floats)
+        self.top = max(self.top, self.next)
+        return at
+
+    def moments(self, step: Any, place: Map, block: Block) -> int:
+        """Partial sums of a map and of another, for `step.moments`."""
+        if step.moments == NONE:
+            return NONE
+        width = 2 * place.channels
+        return self.sums((step.flag, NONE), self.grid(place, block)[0], width, [(0, width, step.moments)])
+
+    # ---- barrier operations ----
+
+    def barrier(self, kind: type, ops: Sequence[Any]) -> None:
+        records = [self.table.barrier(op) for op in ops]
+        packs = kind in (PackDepthwise, UnpackDepthwise, PackDense, UnpackDense)
+        block, size = dict(barrier_block(packs=packs)), 1
+        if kind in (Coefficients, NormaliseBackward):
+            size = max(-(-op.channels // block["BLOCK"]) for op in ops)
+        elif packs:
+            size = max(-(-_weights(op) // block["BLOCK"]) for op in ops)
+            block["PACKS"] = kind in (PackDepthwise, PackDense)
+        self.launch(_KERNELS[kind], block, (size, 1), records, kind.__name__)
+
+
+def _weights(op: Any) -> int:
+    """How many packed weights an operation has."""
+    if isinstance(op, PackDense | UnpackDense):
+        return op.count * op.in_channels * op.out_channels
+    return op.count * op.channels
+
+
+def _target(entry: Entry) -> list[tuple[bool, int]]:
+    """What an entry adds to, lane by lane."""
+    end = entry.target + entry.columns
+    return [(entry.is_sums, at) for at in range(entry.target, end, SMALLEST)]
+
+
+_KERNELS: dict[type, str] = {
+    PackDepthwise: "pack_depthwise",
+    PackDense: "pack_dense",
+    UnpackDepthwise: "pack_depthwise",
+    UnpackDense: "pack_dense",
+    Normalise: "normalise",
+    Coefficients: "coefficients",
+    NormaliseBackward: "normalise_backward",
+    DecisionGradient: "decision_gradient",
+}

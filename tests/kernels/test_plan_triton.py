@@ -1,0 +1,428 @@
+"""Plans on a GPU: every step and barrier operation in Triton against the reference in fp64.
+
+test_other_processes.py runs these tests in the interpreter; without it and a GPU they are skipped.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from nascompile.kernels import native
+from nascompile.kernels.plan import barriers_reference, cuda, reference
+from nascompile.kernels.plan.program import Phase
+from nascompile.kernels.plan.state import State
+from nascompile.kernels.plan.steps import (
+    NONE,
+    Activation,
+    Coefficients,
+    Combine,
+    DecisionGradient,
+    Load,
+    Mask,
+    Normalise,
+    NormaliseBackward,
+    PackDense,
+    PackDepthwise,
+    Pick,
+    Pool,
+    PoolBackward,
+    Reduce,
+    Stage,
+    Store,
+    Term,
+    UnpackDense,
+    UnpackDepthwise,
+    Unstage,
+    Upstream,
+    Weighted,
+)
+from tests.kernels import plan_memory
+from tests.kernels.plan_memory import Memory, empty, same, strides
+from tests.kernels.test_plan_convolve import Case, Made
+
+DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
+SEGMENTS = ((3, 4, 0), (0, 3, 5))
+"""Seven channels in sixteen, in two parts, the second first."""
+
+
+@pytest.fixture(autouse=True)
+def wide_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Channels as on a GPU, wherever the kernels can run."""
+    reason = cuda.why_not(DEVICE) or native.load()[1]
+    if reason is not None:
+        pytest.skip(reason)
+    monkeypatch.setattr(plan_memory, "lane", lambda: cuda.LANE)
+
+
+def compare(memory: Memory, *phases: Phase, tolerance: float = 5e-6) -> None:
+    """Run phases in Triton and by the reference in fp64: slab, gradients, sums and tensors must agree."""
+    program = memory.program(*phases)
+    flags = torch.tensor([*memory.flags, 0], dtype=torch.uint8)
+    exact = [t.double() if t.is_floating_point() else t.clone() for t in memory.tensors]
+    state = State(program, memory.slab.double(), flags, exact)
+    kept: list[tuple[int, int]] = []
+    for phase in phases:
+        for barrier in phase.barriers:
+            if state.holds(barrier.flag):
+                barriers_reference.RUN[type(barrier)](state, barrier)
+        for step in phase.steps:
+            if state.holds(step.flag):
+                reference.RUN[type(step)](state, step)
+            if isinstance(step, Pool) and step.index != NONE:
+                kept.append((step.index, memory.images * step.index_image))
+    prepared = cuda.prepare(program, DEVICE, "ieee")
+    work, slab = empty(prepared.work).to(DEVICE), memory.slab.to(DEVICE)
+    tensors = [tensor.to(DEVICE) for tensor in memory.tensors]
+    prepared.run(slab, work, flags.to(DEVICE), tensors)
+    found = slab.cpu().clone()
+    for at, count in kept:
+        # bytes there: fp64 has them elsewhere
+        found[at : at + count] = state.slab[at : at + count] = 0
+    same(found, state.slab, tolerance)
+    if memory.sums:
+        same(work[: 2 * memory.sums].cpu().view(torch.float64), state.sums, tolerance)
+    if memory.gradients:
+        start = -(-2 * memory.sums // 16) * 16
+        same(work[start : start + memory.gradients].cpu(), state.gradients, tolerance)
+    for number, (tensor, expected) in enumerate(zip(tensors, state.tensors, strict=True)):
+        same(tensor.cpu(), expected, tolerance)
+        memory.tensors[number] = tensor
+    memory.slab = slab.cpu()
+
+
+def compare_steps(memory: Memory, *steps: object) -> None:
+    compare(memory, Phase((), steps))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_load_and_store(layout):
+    memory = Memory(images=2)
+    tensor = torch.randn(2, 7, 3, 5).contiguous(memory_format=layout)
+    target = memory.filled(32, (3, 5), pixel=48)
+    other = memory.map(16, (3, 5))
+    result = torch.zeros(2, 7, 3, 5).contiguous(memory_format=layout)
+    off = memory.flag(0)
+    source, out = memory.tensor(tensor), memory.tensor(result)
+    compare_steps(
+        memory,
+        Load(*(source, *strides(tensor), ((3, 4, 1), (0, 3, 20)), target, 1)),
+        Load(*(source, *strides(tensor), SEGMENTS, other, 0)),
+        Load(*(source, *strides(tensor), SEGMENTS, target, 0, off)),
+        Store(*(out, *strides(result), SEGMENTS, other)),
+        Store(*(out, *strides(result), SEGMENTS, target, off)),
+    )
+    assert torch.equal(memory.tensors[out], tensor)
+
+
+@pytest.mark.parametrize("activation", list(Activation))
+@pytest.mark.parametrize("affine", [False, True])
+def test_stage_and_back(activation, affine):
+    memory = Memory(images=2)
+    source = memory.filled(32, (5, 4), pixel=64)
+    scale, shift = (memory.random(32) if affine else NONE for _ in range(2))
+    staged = memory.map(32, (5, 4), margin=2, scratch=True)
+    seen, gradient, target = memory.map(32, (5, 4)), memory.filled(32, (5, 4)), memory.filled(32, (5, 4))
+    first, second = memory.summed(64), memory.summed(64)
+    memory.view(source)[0, :, 0, 0] = torch.nan
+    memory.view(source)[1, :, 0, :3] = torch.tensor([0.0, 6.0, 9.0])
+    off = memory.flag(0)
+    unstage = Unstage(gradient, source, scale, shift, activation, target, 1, NONE)
+    compare_steps(
+        memory,
+        Stage(source, scale, shift, activation, staged),
+        Stage(source, NONE, NONE, Activation.none, staged, off),
+        Combine((Term(staged, NONE, NONE),), NONE, Activation.none, seen, 0, NONE),
+        unstage,
+        replace(unstage, moments=first, flag=off),
+    )
+    memory.view(source)[0, :, 0, 0] = 1.0
+    compare_steps(memory, replace(unstage, moments=second, adds=0))
+
+
+def test_mask():
+    memory = Memory(images=2)
+    gradient, other = memory.filled(48, (3, 3), pixel=96), memory.filled(48, (3, 3))
+    value = memory.filled(48, (3, 3))
+    memory.view(value)[0, :, 0, :2] = torch.tensor([0.0, 6.0])
+    compare_steps(
+        memory,
+        Mask(gradient, value, Activation.relu),
+        Mask(other, value, Activation.relu6),
+        Mask(other, value, Activation.relu, memory.flag(0)),
+    )
+
+
+def test_pick():
+    memory = Memory(images=2)
+    source, wide = memory.filled(16, (3, 5)), memory.filled(32, (3, 5), pixel=48)
+    pick = Pick(source, wide, 1, 2, 3, 4, 7, 0)
+    compare_steps(
+        memory,
+        pick,
+        replace(pick, adds=1, first_source=0, step_source=1, first_target=16, step_target=1),
+        Pick(wide, source, 4, 1, 0, 1, 5, 1),
+        replace(pick, flag=memory.flag(0)),
+    )
+
+
+@pytest.mark.parametrize("activation", list(Activation))
+def test_combine(activation):
+    memory = Memory(images=2)
+    off, on = memory.flag(0), memory.flag(1)
+    terms = [
+        Term(memory.filled(16, (7, 8)), NONE, NONE),
+        Term(memory.filled(16, (7, 8), pixel=48), memory.random(16), on),
+        Term(memory.map(16, (7, 8)), memory.take(16), off),
+    ]
+    targets = [memory.filled(16, (7, 8), pixel=32) for _ in range(4)]
+    first, second, third = (memory.summed(32) for _ in range(3))
+    compare_steps(
+        memory,
+        Combine(tuple(terms), memory.random(16), activation, targets[0], 0, first),
+        Combine(tuple(terms[:2]), NONE, activation, targets[1], 1, second),
+        Combine((), NONE, activation, targets[2], 0, NONE),
+        Combine((), NONE, activation, targets[3], 0, third, off),
+        # a second step that adds to the same sums, and one in scratch
+        Combine(tuple(terms[:1]), NONE, activation, targets[2], 0, first),
+    )
+
+
+def test_reduce():
+    memory = Memory(images=2)
+    off = memory.flag(0)
+    gradient = memory.filled(32, (8, 8), pixel=64)
+    places = [memory.filled(32, (8, 8)) for _ in range(3)]
+    sums = [memory.summed(32) for _ in range(5)]
+    terms = [Term(place, at, NONE) for place, at in zip(places, sums, strict=False)]
+    terms[1] = replace(terms[1], flag=off)
+    compare_steps(
+        memory,
+        Reduce(gradient, tuple(terms), sums[3]),
+        Reduce(gradient, (replace(terms[0], coefficient=sums[4]),), NONE),
+        Reduce(gradient, tuple(terms), sums[3], off),
+    )
+
+
+POOLS = (
+    # size, kernel, stride, padding, counts_padding
+    ((8, 8), (3, 3), (1, 1), (1, 1), 0),
+    ((8, 7), (3, 3), (2, 2), (1, 1), 1),
+    ((5, 6), (2, 3), (2, 1), (0, 1), 0),
+    ((4, 4), (4, 4), (1, 1), (0, 0), 0),
+)
+
+
+@pytest.mark.parametrize("is_max", [0, 1])
+@pytest.mark.parametrize("pool", POOLS)
+def test_pool_and_back(pool, is_max):
+    size, kernel, stride, padding, counts = pool
+    memory = Memory(images=2)
+    off = memory.flag(0)
+    sizes = [(size[k] + 2 * padding[k] - kernel[k]) // stride[k] + 1 for k in range(2)]
+    out = sizes[0], sizes[1]
+    x = memory.filled(32, size, pixel=48)
+    memory.view(x)[1] = memory.view(x)[1].round()
+    y = memory.map(32, out, pixel=48)
+    memory.view(y).zero_()
+    image = out[0] * out[1] * 8
+    index = memory.take(memory.images * image) if is_max else NONE
+    window: Any = (is_max, *kernel, *stride, *padding, counts, index, image)
+    tile, dx = memory.map(32, out, scratch=True), memory.filled(32, size)
+    terms = (Term(memory.filled(32, out), memory.random(32), NONE), Term(y, NONE, off))
+    make: Any = Pool
+    step = make(x, y, *window, memory.summed(64))
+    back = PoolBackward(terms, memory.random(32), tile, dx, *window)
+    compare_steps(memory, step, back, replace(step, flag=off), replace(back, flag=off))
+
+
+CASES = (
+    Case("depthwise", images=2, size=(7, 5)),
+    Case(
+        "depthwise",
+        images=2,
+        kernel=(5, 5),
+        dilation=2,
+        size=(8, 8),
+        pixel=96,
+        adds=1,
+        terms=3,
+        constant=True,
+    ),
+    Case("depthwise", images=1, kernel=(3, 2), stride=(2, 2), inputs=32, size=(8, 7)),
+    Case("dense", images=2, inputs=32, outputs=48, kernel=(1, 3), size=(3, 5), adds=1),
+    Case("dense", images=2, kernel=(1, 1), stride=(2, 2), inputs=32, outputs=64, size=(7, 5)),
+    Case("dense", images=2, stride=(2, 2), size=(8, 8), pixel=32, constant=True, terms=3),
+    Case("separable", images=2, size=(8, 8), terms=3),
+    Case(
+        "separable", images=2, kernel=(5, 5), stride=(2, 2), outputs=48, pixel=64, size=(8, 7), constant=True
+    ),
+    Case("separable", images=1, dilation=2, inputs=64, outputs=32, size=(5, 8), adds=1),
+)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_convolve(case):
+    made = Made(case)
+    compare_steps(made.memory, *made.forward, replace(made.forward[1], flag=made.memory.flag(0)))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_convolve_backward(case):
+    made = Made(case)
+    off = replace(made.backward, flag=made.memory.flag(0))
+    # twice, as with shared weights: gradients are added up
+    compare_steps(made.memory, *made.first, made.backward, off, made.backward, *made.last)
+
+
+@pytest.mark.parametrize("left_out", ["dx", "depthwise_gradient", "gradient"])
+def test_convolve_backward_leaves_out(left_out):
+    made = Made(CASES[6])
+    changes = {"needs_input": 0, "grids": ()} if left_out == "dx" else {left_out: NONE}
+    compare_steps(made.memory, *made.first, replace(made.backward, **changes), *made.last)
+
+
+def test_weights_are_packed_and_unpacked():
+    memory = Memory(images=2)
+    off = memory.flag(0)
+    outs = ((0, 5, 2), (5, 1, 9))
+    depthwise, dense = memory.tensor(torch.randn(7, 1, 3, 2)), memory.tensor(torch.randn(6, 7, 1, 3))
+    found = memory.tensor(torch.zeros(7, 1, 3, 2)), memory.tensor(torch.zeros(6, 7, 1, 3))
+    packed, forwards, transposed = (memory.take(count) for count in (6 * 16, 768, 768))
+    made = Made(CASES[0])
+    del made
+    memory.gradients = 6 * 16 + 768
+    packs = (
+        PackDense(dense, 3, SEGMENTS, outs, 16, 16, forwards, transposed),
+        PackDense(dense, 3, SEGMENTS, outs, 16, 16, forwards, NONE),
+        PackDepthwise(depthwise, 6, SEGMENTS, 16, packed),
+        PackDepthwise(depthwise, 6, SEGMENTS, 16, packed, off),
+    )
+    unpacks = (
+        UnpackDepthwise(0, 6, SEGMENTS, 16, found[0]),
+        UnpackDense(6 * 16, 3, SEGMENTS, outs, 16, 16, found[1]),
+        UnpackDense(6 * 16, 3, SEGMENTS, outs, 16, 16, dense, off),
+    )
+    compare(memory, Phase(packs, ()), Phase(unpacks, ()))
+
+
+@pytest.mark.parametrize("batch", [False, True])
+@pytest.mark.parametrize("momentum", [0.3, -1.0])
+@pytest.mark.parametrize("affine", [False, True])
+def test_normalise_and_back(batch, momentum, affine):
+    memory = Memory(images=2)
+    off, on = memory.flag(0), memory.flag(1)
+    y, gradients = memory.filled(16, (3, 5)), [memory.filled(16, (3, 5)) for _ in range(3)]
+    padding = [7 + c for c in range(9)]
+    for place in (y, *gradients):
+        memory.view(place)[:, padding] = 0
+    segments = ((0, 7, 0),)
+    channels, elements = 16, 2 * 15
+    moments = memory.summed(2 * channels)
+    vectors, unused = memory.take(4 * channels), memory.take(4 * channels)
+    numbers = tuple(memory.tensor(torch.rand(7) + 0.5) if affine else NONE for _ in range(4))
+    gamma, beta, mean, var = numbers
+    counter = memory.tensor(torch.tensor(4))
+    decision = memory.tensor(torch.rand(3))
+    normalise = Normalise(
+        *(
+            moments if batch else NONE,
+            elements,
+            1e-3,
+            momentum,
+            *(gamma, beta, mean, var),
+            counter,
+            segments,
+            channels,
+            vectors,
+        )
+    )
+    sums = [(memory.summed(channels), memory.summed(channels)) for _ in gradients]
+    measure = Combine((Term(y, NONE, NONE),), NONE, Activation.none, y, 0, moments)
+    reduce = [Reduce(g, (Term(y, at[1], NONE),), at[0]) for g, at in zip(gradients, sums, strict=True)]
+    outs = [memory.take(channels) for _ in gradients]
+    upstream = tuple(
+        Upstream(weight, *at, out, flag)
+        for weight, at, out, flag in zip((0, NONE, 2), sums, outs, (on, NONE, off), strict=True)
+    )
+    by_y, constant, other_y, other_constant = (memory.take(channels) for _ in range(4))
+    gammas, betas = (memory.tensor(torch.rand(7)) for _ in range(2))
+    back = NormaliseBackward(
+        *(
+            vectors,
+            elements if batch else 0,
+            upstream,
+            decision,
+            by_y,
+            constant,
+            1,
+            *(gammas, betas),
+            segments,
+            channels,
+        )
+    )
+    terms = (
+        Weighted(1, vectors + 32, vectors + 48, memory.take(channels), on),
+        Weighted(NONE, NONE, NONE, memory.take(channels), NONE),
+        Weighted(0, unused, unused, memory.take(channels), off),
+    )
+    amounts = memory.tensor(torch.rand(3))
+    decided = DecisionGradient(1, sums[0][0], sums[0][1], vectors + 32, vectors + 48, channels, amounts)
+    compare(
+        memory,
+        Phase((), (measure,)),
+        Phase(
+            (
+                normalise,
+                # the same running statistics a second time
+                normalise,
+                replace(normalise, out=unused, flag=off),
+                Coefficients(terms, decision, memory.take(channels), channels),
+                Coefficients(terms[1:2], NONE, NONE, channels),
+            ),
+            tuple(reduce),
+        ),
+        Phase(
+            (
+                back,
+                # a second one of the same y, and one that nothing reaches
+                replace(back, upstream=upstream[:1], starts=0),
+                replace(back, vectors=unused, upstream=upstream[2:], starts=0),
+                replace(back, vectors=unused, upstream=upstream[2:], by_y=other_y, constant=other_constant),
+                decided,
+                replace(decided, weight=2, scale=NONE, shift=NONE, sum_g=NONE),
+                decided,
+                replace(decided, flag=off),
+            ),
+            (),
+        ),
+        tolerance=2e-5,
+    )
+
+
+def test_runs_repeat_bit_for_bit():
+    made = Made(CASES[6])
+    program = made.memory.program(Phase((), (*made.forward, *made.first, made.backward)))
+    prepared = cuda.prepare(program, DEVICE)
+    found = []
+    for _ in range(2):
+        work, slab = empty(prepared.work).to(DEVICE), made.memory.slab.to(DEVICE).clone()
+        prepared.run(slab, work, torch.zeros(4, dtype=torch.uint8, device=DEVICE), [])
+        found.append((slab, work))
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(*found, strict=True))
+
+
+def test_what_does_not_fit_is_refused():
+    memory = Memory(images=2)
+    program = memory.program(Phase((), ()))
+    with pytest.raises(ValueError, match="multiple of 8, the kernels need 16"):
+        cuda.prepare(replace(program, lane=8), DEVICE)
+    prepared = cuda.prepare(memory.program(Phase((), Made(CASES[0]).forward)), DEVICE)
+    flags = torch.zeros(1, dtype=torch.uint8, device=DEVICE)
+    slab = memory.slab.to(DEVICE)
+    with pytest.raises(RuntimeError, match="work has 16 floats"):
+        prepared.run(slab, empty(16).to(DEVICE), flags, [])
