@@ -1,8 +1,7 @@
-"""Each rewrite inside plans is exact, and does something: without it the result is the same and the plan is not."""
+"""Each rewrite inside plans is exact, and does something: without it the result is the same, the plan is
+not."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,9 +16,8 @@ from nascompile.mutables import InputChoice, LayerChoice
 
 
 @pytest.fixture(autouse=True)
-def plans_in_fp64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def plans_in_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(region, "EXECUTORS", (NATIVE, REFERENCE))
-    yield
 
 
 def edge() -> LayerChoice:
