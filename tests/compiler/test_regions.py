@@ -1,0 +1,128 @@
+"""What people write becomes regions, and a region computes what the model computes: see `region_models`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import nascompile
+from nascompile.mutables import InputChoice, LayerChoice
+from tests import numerics
+from tests.comparing import Decided, assert_close, assert_same, step
+from tests.compiler.region_models import CASES, Case, SepConv, Unit
+from tests.compiler.region_steps import (
+    assert_regions,
+    assert_rounds_closer,
+    compiled_of,
+    eagerly,
+    fp64_plans,
+    train,
+)
+from tests.kernels.plan_memory import instruction_set
+
+__all__ = ["instruction_set"]
+
+BY_NAME: Any = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+@BY_NAME
+def test_equals_eager_in_fp64(case: Case) -> None:
+    """Outputs, every gradient, buffers and weights, in training and evaluation, by the reference."""
+    expected = eagerly(case, torch.float64)
+    with fp64_plans():
+        compiled, mutator = compiled_of(case, torch.float64)
+        actual = train(compiled, mutator, case, torch.float64)
+    assert_close(actual, expected, rtol=1e-9, atol=1e-10)
+    assert_regions(compiled, case)
+
+
+@BY_NAME
+def test_as_good_as_eager_in_fp32(case: Case, instruction_set: str) -> None:
+    """The same by the native executor, judged against the model in fp64."""
+    formats = (torch.contiguous_format, torch.channels_last)
+    references = [eagerly(case, torch.float32, layout) for layout in formats]
+    compiled, mutator = compiled_of(case, torch.float32)
+    actual = train(compiled, mutator, case, torch.float32)
+    assert_rounds_closer(actual, references, eagerly(case, torch.float64))
+    assert_regions(compiled, case)
+
+
+# ----- what single models brought to light
+
+
+def compared(make: Any, decisions: dict[str, list[Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A training step in fp64, compiled and eagerly; the compiled one by a plan."""
+    results = []
+    for compile_it in (True, False):
+        torch.manual_seed(0)
+        model = make().double()
+        mutator = Decided(model)
+        masks = {
+            key: torch.tensor(row, dtype=torch.float64, requires_grad=True) for key, row in decisions.items()
+        }
+        mutator.decide(masks)
+        images = torch.randn(2, 8, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        with fp64_plans():
+            compiled = nascompile.compile(model) if compile_it else model
+            results.append(step(compiled, masks, (images,), {}))
+        if isinstance(compiled, nascompile.CompiledModel):
+            assert compiled.entries[0].regions[0].plans
+    return results[0], results[1]
+
+
+class NormTwice(nn.Module):
+    """The first call of the norm waits for another norm, the second does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.op = LayerChoice([Unit("acba", 8), nn.Identity()])
+        self.conv = nn.Conv2d(8, 8, 1, bias=False)
+        self.bn = nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(self.conv(self.op(x)))
+        return y + self.bn(self.conv(x))
+
+
+@pytest.mark.xfail(strict=True, reason="the running statistics are updated in the order of phases")
+def test_a_norm_called_twice_updates_its_statistics_in_the_order_of_the_program() -> None:
+    assert_same(*compared(NormTwice, {"LayerChoice1": [0.5, 0.5]}))
+
+
+class Unreached(nn.Module):
+    """Of two edges the decision may leave out one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = LayerChoice([Unit("acb", 8), SepConv(8, 3)])
+        self.two = LayerChoice([Unit("acb", 8), SepConv(8, 3)])
+        self.choose = InputChoice(n_candidates=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.choose([self.one(x), self.two(x)])
+
+
+@pytest.mark.xfail(strict=True, reason="the decision gets zeros for choices that are not reached")
+def test_decisions_that_are_not_reached_have_no_gradient() -> None:
+    decisions = {"LayerChoice1": [0.5, 0.5], "LayerChoice2": [0.5, 0.5], "InputChoice3": [0.0, 1.0]}
+    assert_same(*compared(Unreached, decisions))
+
+
+CANCELLED = pytest.mark.xfail(strict=True, reason="sums of squares in fp32 cancel")
+
+
+@pytest.mark.parametrize("ratio", [1, pytest.param(10, marks=CANCELLED), pytest.param(100, marks=CANCELLED)])
+def test_batch_statistics_of_images_with_a_mean(ratio: int, instruction_set: str) -> None:
+    """A variance is not the difference of two sums of squares in fp32."""
+    results = []
+    for dtype, compile_it in ((torch.float32, True), (torch.float32, False), (torch.float64, False)):
+        torch.manual_seed(0)
+        candidates = [nn.Sequential(layer, nn.BatchNorm2d(8)) for layer in (nn.MaxPool2d(3, 1, 1), nn.ReLU())]
+        model = nn.Sequential(LayerChoice(candidates)).to(dtype)
+        Decided(model).decide({"LayerChoice1": torch.tensor([0.5, 0.5])})
+        images = torch.randn(4, 8, 9, 7) + ratio
+        results.append((nascompile.compile(model) if compile_it else model)(images.to(dtype)))
+    numerics.assert_closer(*results)
