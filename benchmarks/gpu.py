@@ -5,7 +5,8 @@
 1. build the extension in place, with the CUDA kernels where nvcc is there;
 2. compare every Triton and CUDA kernel with its reference, over all samples and types;
 3. time them against the plain expression and torch.compile, in fp32 and bf16, next to the time of a copy;
-4. profile the slowest of our kernels with ncu, where it is installed.
+4. profile the slowest of our kernels with ncu, where it is installed;
+5. with --plans: check and time whole networks, see benchmarks/gpu_plans.py (up to eight minutes more).
 
 Results: gpu.csv, gpu.txt (the log) and ncu.txt in the folder. The exit status is 1 where a comparison fails;
 then no ratio is printed.
@@ -218,6 +219,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--skip-build", action="store_true", help="use the extension that is there")
     parser.add_argument("--skip-ncu", action="store_true", help="no profile")
+    parser.add_argument("--plans", action="store_true", help="whole networks too")
     options = parser.parse_args()
     log = Log(options.out / "gpu.txt")
     if not options.skip_build:
@@ -243,6 +245,9 @@ def main() -> int:
         writer.writerows({**row, "gpu": gpu, "versions": versions} for row in rows)
     if not options.skip_ncu:
         profile(log, rows, options.out)
+    if options.plans:
+        command = [sys.executable, str(ROOT / "benchmarks" / "gpu_plans.py"), "--out", str(options.out)]
+        wrong += ["plans"] if subprocess.run(command, check=False).returncode else []
     return 1 if wrong else 0
 
 

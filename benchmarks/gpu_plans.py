@@ -38,7 +38,11 @@ from benchmarks.gpu_traffic import Traffic, count
 ROOT = Path(__file__).resolve().parent.parent
 NETWORKS = ("nasbench201", "darts")
 PEERS = ("ours", "ours graph", "eager", "eager graph", "channels_last", "channels_last graph", "compile")
-TESTS = ("tests/kernels/test_plan_triton.py", "tests/compiler/test_plan_triton.py")
+TESTS = (
+    "tests/kernels/test_plan_triton.py",
+    "tests/kernels/test_plan_triton_barriers.py",
+    "tests/compiler/test_plan_triton.py",
+)
 COLUMNS = ["network", "batch", "peer", "median_ms", "p20_ms", "p80_ms", "peak_mib", "ratio", "note"]
 DEVICE = torch.device("cuda")
 PROGRAMS: list[Any] = []

@@ -15,7 +15,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = "tests/kernels/test_kernels.py"
-PLANS = (("tests/kernels/test_plan_triton.py", 50), ("tests/compiler/test_plan_triton.py", 2))
+PLANS = (
+    ("tests/kernels/test_plan_triton.py", 40),
+    ("tests/kernels/test_plan_triton_barriers.py", 9),
+    ("tests/compiler/test_plan_triton.py", 2),
+)
 CUDA_SOURCES = sorted(path.relative_to(ROOT) for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
 
 needs_triton = pytest.mark.skipif(

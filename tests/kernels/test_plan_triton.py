@@ -5,29 +5,20 @@ test_other_processes.py runs these tests in the interpreter; without it and a GP
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from nascompile.kernels import native
-from nascompile.kernels.plan import barriers_reference, cuda, reference
+from nascompile.kernels.plan import cuda
 from nascompile.kernels.plan.program import Phase
-from nascompile.kernels.plan.state import State
 from nascompile.kernels.plan.steps import (
     NONE,
     Activation,
-    Coefficients,
     Combine,
-    DecisionGradient,
     Load,
     Mask,
-    Normalise,
-    NormaliseBackward,
-    PackDense,
-    PackDepthwise,
     Pick,
     Pool,
     PoolBackward,
@@ -35,68 +26,13 @@ from nascompile.kernels.plan.steps import (
     Stage,
     Store,
     Term,
-    UnpackDense,
-    UnpackDepthwise,
     Unstage,
-    Upstream,
-    Weighted,
 )
-from tests.kernels import plan_memory
-from tests.kernels.plan_memory import Memory, empty, same, strides
+from tests.kernels.plan_memory import Memory, empty, strides
+from tests.kernels.plan_triton import DEVICE, SEGMENTS, compare_steps, wide_lanes
 from tests.kernels.test_plan_convolve import Case, Made
 
-DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
-SEGMENTS = ((3, 4, 0), (0, 3, 5))
-"""Seven channels in sixteen, in two parts, the second first."""
-
-
-@pytest.fixture(autouse=True)
-def wide_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Channels as on a GPU, wherever the kernels can run."""
-    reason = cuda.why_not(DEVICE) or native.load()[1]
-    if reason is not None:
-        pytest.skip(reason)
-    monkeypatch.setattr(plan_memory, "lane", lambda: cuda.LANE)
-
-
-def compare(memory: Memory, *phases: Phase, tolerance: float = 5e-6) -> None:
-    """Run phases in Triton and by the reference in fp64: slab, gradients, sums and tensors must agree."""
-    program = memory.program(*phases)
-    flags = torch.tensor([*memory.flags, 0], dtype=torch.uint8)
-    exact = [t.double() if t.is_floating_point() else t.clone() for t in memory.tensors]
-    state = State(program, memory.slab.double(), flags, exact)
-    kept: list[tuple[int, int]] = []
-    for phase in phases:
-        for barrier in phase.barriers:
-            if state.holds(barrier.flag):
-                barriers_reference.RUN[type(barrier)](state, barrier)
-        for step in phase.steps:
-            if state.holds(step.flag):
-                reference.RUN[type(step)](state, step)
-            if isinstance(step, Pool) and step.index != NONE:
-                kept.append((step.index, memory.images * step.index_image))
-    prepared = cuda.prepare(program, DEVICE, "ieee")
-    work, slab = empty(prepared.work).to(DEVICE), memory.slab.to(DEVICE)
-    tensors = [tensor.to(DEVICE) for tensor in memory.tensors]
-    prepared.run(slab, work, flags.to(DEVICE), tensors)
-    found = slab.cpu().clone()
-    for at, count in kept:
-        # bytes there: fp64 has them elsewhere
-        found[at : at + count] = state.slab[at : at + count] = 0
-    same(found, state.slab, tolerance)
-    if memory.sums:
-        same(work[: 2 * memory.sums].cpu().view(torch.float64), state.sums, tolerance)
-    if memory.gradients:
-        start = -(-2 * memory.sums // 16) * 16
-        same(work[start : start + memory.gradients].cpu(), state.gradients, tolerance)
-    for number, (tensor, expected) in enumerate(zip(tensors, state.tensors, strict=True)):
-        same(tensor.cpu(), expected, tolerance)
-        memory.tensors[number] = tensor
-    memory.slab = slab.cpu()
-
-
-def compare_steps(memory: Memory, *steps: object) -> None:
-    compare(memory, Phase((), steps))  # type: ignore[arg-type]
+__all__ = ["wide_lanes"]
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -284,124 +220,6 @@ def test_convolve_backward_leaves_out(left_out):
     made = Made(CASES[6])
     changes = {"needs_input": 0, "grids": ()} if left_out == "dx" else {left_out: NONE}
     compare_steps(made.memory, *made.first, replace(made.backward, **changes), *made.last)
-
-
-def test_weights_are_packed_and_unpacked():
-    memory = Memory(images=2)
-    off = memory.flag(0)
-    outs = ((0, 5, 2), (5, 1, 9))
-    depthwise, dense = memory.tensor(torch.randn(7, 1, 3, 2)), memory.tensor(torch.randn(6, 7, 1, 3))
-    found = memory.tensor(torch.zeros(7, 1, 3, 2)), memory.tensor(torch.zeros(6, 7, 1, 3))
-    packed, forwards, transposed = (memory.take(count) for count in (6 * 16, 768, 768))
-    made = Made(CASES[0])
-    del made
-    memory.gradients = 6 * 16 + 768
-    packs = (
-        PackDense(dense, 3, SEGMENTS, outs, 16, 16, forwards, transposed),
-        PackDense(dense, 3, SEGMENTS, outs, 16, 16, forwards, NONE),
-        PackDepthwise(depthwise, 6, SEGMENTS, 16, packed),
-        PackDepthwise(depthwise, 6, SEGMENTS, 16, packed, off),
-    )
-    unpacks = (
-        UnpackDepthwise(0, 6, SEGMENTS, 16, found[0]),
-        UnpackDense(6 * 16, 3, SEGMENTS, outs, 16, 16, found[1]),
-        UnpackDense(6 * 16, 3, SEGMENTS, outs, 16, 16, dense, off),
-    )
-    compare(memory, Phase(packs, ()), Phase(unpacks, ()))
-
-
-@pytest.mark.parametrize("batch", [False, True])
-@pytest.mark.parametrize("momentum", [0.3, -1.0])
-@pytest.mark.parametrize("affine", [False, True])
-def test_normalise_and_back(batch, momentum, affine):
-    memory = Memory(images=2)
-    off, on = memory.flag(0), memory.flag(1)
-    y, gradients = memory.filled(16, (3, 5)), [memory.filled(16, (3, 5)) for _ in range(3)]
-    padding = [7 + c for c in range(9)]
-    for place in (y, *gradients):
-        memory.view(place)[:, padding] = 0
-    segments = ((0, 7, 0),)
-    channels, elements = 16, 2 * 15
-    moments = memory.summed(2 * channels)
-    vectors, unused = memory.take(4 * channels), memory.take(4 * channels)
-    numbers = tuple(memory.tensor(torch.rand(7) + 0.5) if affine else NONE for _ in range(4))
-    gamma, beta, mean, var = numbers
-    counter = memory.tensor(torch.tensor(4))
-    decision = memory.tensor(torch.rand(3))
-    normalise = Normalise(
-        *(
-            moments if batch else NONE,
-            elements,
-            1e-3,
-            momentum,
-            *(gamma, beta, mean, var),
-            counter,
-            segments,
-            channels,
-            vectors,
-        )
-    )
-    sums = [(memory.summed(channels), memory.summed(channels)) for _ in gradients]
-    measure = Combine((Term(y, NONE, NONE),), NONE, Activation.none, y, 0, moments)
-    reduce = [Reduce(g, (Term(y, at[1], NONE),), at[0]) for g, at in zip(gradients, sums, strict=True)]
-    outs = [memory.take(channels) for _ in gradients]
-    upstream = tuple(
-        Upstream(weight, *at, out, flag)
-        for weight, at, out, flag in zip((0, NONE, 2), sums, outs, (on, NONE, off), strict=True)
-    )
-    by_y, constant, other_y, other_constant = (memory.take(channels) for _ in range(4))
-    gammas, betas = (memory.tensor(torch.rand(7)) for _ in range(2))
-    back = NormaliseBackward(
-        *(
-            vectors,
-            elements if batch else 0,
-            upstream,
-            decision,
-            by_y,
-            constant,
-            1,
-            *(gammas, betas),
-            segments,
-            channels,
-        )
-    )
-    terms = (
-        Weighted(1, vectors + 32, vectors + 48, memory.take(channels), on),
-        Weighted(NONE, NONE, NONE, memory.take(channels), NONE),
-        Weighted(0, unused, unused, memory.take(channels), off),
-    )
-    amounts = memory.tensor(torch.rand(3))
-    decided = DecisionGradient(1, sums[0][0], sums[0][1], vectors + 32, vectors + 48, channels, amounts)
-    compare(
-        memory,
-        Phase((), (measure,)),
-        Phase(
-            (
-                normalise,
-                # the same running statistics a second time
-                normalise,
-                replace(normalise, out=unused, flag=off),
-                Coefficients(terms, decision, memory.take(channels), channels),
-                Coefficients(terms[1:2], NONE, NONE, channels),
-            ),
-            tuple(reduce),
-        ),
-        Phase(
-            (
-                back,
-                # a second one of the same y, and one that nothing reaches
-                replace(back, upstream=upstream[:1], starts=0),
-                replace(back, vectors=unused, upstream=upstream[2:], starts=0),
-                replace(back, vectors=unused, upstream=upstream[2:], by_y=other_y, constant=other_constant),
-                decided,
-                replace(decided, weight=2, scale=NONE, shift=NONE, sum_g=NONE),
-                decided,
-                replace(decided, flag=off),
-            ),
-            (),
-        ),
-        tolerance=2e-5,
-    )
 
 
 def test_runs_repeat_bit_for_bit():
