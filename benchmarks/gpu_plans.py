@@ -296,6 +296,7 @@ def main() -> int:
     parser.add_argument("--peer", choices=PEERS)
     options = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = True
     if options.peer:
         print(json.dumps(measure_peer(options.network, options.peer, options.batch)))
         return 0

@@ -52,7 +52,7 @@ class Prepared:
         self.program, self.device, self.precision = program, device, precision
         self.work, self._zeroed = lowered.work, lowered.zeroed
         # a launch's record list is never empty; an empty table would have no address
-        self._table = torch.tensor(lowered.words or [0], dtype=torch.int64).to(device)
+        self._table = torch.tensor(lowered.words or [0], dtype=torch.int64, device="cpu").to(device)
         self.launches = lowered.launches
         self._calls = [_bind(launch, precision) for launch in lowered.launches]
         self._tables: dict[tuple[int, ...], Tensor] = {}
@@ -88,22 +88,26 @@ class Prepared:
     def _addresses(self, tensors: Sequence[Tensor]) -> Tensor:
         """The tensors' addresses on the device."""
         key = tuple(tensor.data_ptr() for tensor in tensors)
+        captures = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         found = self._tables.get(key)
         if found is not None:
+            if captures:
+                # the graph reads it for as long as it lives
+                self._captured.append((found, found))
             return found
         if self.device.type != "cuda":
-            found = torch.tensor(key or (0,), dtype=torch.int64)
-        elif torch.cuda.is_current_stream_capturing():
+            found = torch.tensor(key or (0,), dtype=torch.int64, device="cpu")
+        elif captures:
             # nothing may be allocated on the host now, and the copy is repeated whenever the graph is
             # replayed
             if not self._reserve:
                 raise RuntimeError("run the program once before it is captured, at most 8 times per run")
             pair = self._reserve.pop()
             self._captured.append(pair)
-            pair[0][: len(key)] = torch.tensor(key, dtype=torch.int64)
+            pair[0][: len(key)] = torch.tensor(key, dtype=torch.int64, device="cpu")
             return pair[1].copy_(pair[0], non_blocking=True)
         else:
-            host = torch.tensor(key or (0,), dtype=torch.int64).pin_memory()
+            host = torch.tensor(key or (0,), dtype=torch.int64, device="cpu").pin_memory()
             found = host.to(self.device, non_blocking=True)
             while len(self._reserve) < _RESERVE:
                 self._reserve.append((torch.zeros_like(host).pin_memory(), torch.zeros_like(found)))
