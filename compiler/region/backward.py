@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from nascompile.compiler.region.convolutions import conv_fields
-from nascompile.compiler.region.flags import ALWAYS, NEVER
+from nascompile.compiler.region.flags import ALWAYS, NEVER, WITHOUT_PARAMETERS
 from nascompile.compiler.region.forward import Forward
 from nascompile.compiler.region.gradients import (
     Arrival,
@@ -328,7 +330,7 @@ class Backward(Gradients):
             if part is None or not self.wanted.parameters:
                 found.append(NONE)
                 continue
-            self._reach(part.weight, flag)
+            self._reach(part.weight, self.flags.all_of([flag, self._with_parameters]))
             if part.weight not in self._slots:
                 count = part.kernel[0] * part.kernel[1]
                 self._slots[part.weight] = [(self.gradients, value.number)]
@@ -355,7 +357,7 @@ class Backward(Gradients):
         size = (one.staged.source.height, one.staged.source.width)
         border = grid_border(part, one.crop, size, (y.height, y.width))
 
-        def make(maps: dict[str, Map]) -> ConvolveBackward:
+        def make(maps: dict[str, Map], slots: tuple[int, int] = slots) -> ConvolveBackward:
             x, padded, dx = maps["x"], maps["padded"], maps.get("dx", maps["padded"])
             wants = gather is not None
             return ConvolveBackward(
@@ -383,9 +385,18 @@ class Backward(Gradients):
             if gather.moments != NONE:
                 half = gather.moments + staged.source.channels
                 written += (Summed("sums", gather.moments), Summed("sums", half))
+        has_weights = slots != (NONE, NONE)
+        full = self.flags.all_of([flag, self._with_parameters]) if has_weights else flag
+        light = self.flags.all_of([flag, self.flags.chosen(WITHOUT_PARAMETERS)])
+
+        def make_both(maps: dict[str, Map]) -> tuple[ConvolveBackward, ...]:
+            """With the gradients of the weights, or without: the run says which."""
+            first = replace(make(maps), flag=full)
+            return (first, replace(make(maps, (NONE, NONE)), flag=light)) if has_weights else (first,)
+
         self._step(
             f"convolve backward {value.number}",
-            make,
+            make if gather is None else make_both,
             reads=(
                 *staged.source.cells(),
                 *packed,
@@ -393,7 +404,7 @@ class Backward(Gradients):
                 *read_by(flows, constant),
             ),
             writes=written,
-            flag=flag,
+            flag=full if gather is None else flag,
             staged=staged,
             gather=gather,
             scratch=(("padded", inner, y.height, y.width, border),),

@@ -11,7 +11,7 @@ from torch import Tensor
 from nascompile.compiler.mutables import forced_mutator
 from nascompile.compiler.region.decisions import Decided, Decisions
 from nascompile.compiler.region.executors import Executor
-from nascompile.compiler.region.flags import NEVER, as_tensor
+from nascompile.compiler.region.flags import NEVER, WITH_PARAMETERS, WITHOUT_PARAMETERS, as_tensor
 from nascompile.compiler.region.gradients import Wanted
 from nascompile.compiler.region.ir import Conv, Graph, Norm, TensorRef, Weight
 from nascompile.compiler.region.plan import Direction, Plan
@@ -167,12 +167,19 @@ class Execution:
         return torch.channels_last if self.plan.settings.channels_last else torch.contiguous_format
 
     def backward(
-        self, slab: Tensor, chosen: frozenset[Weight], known: Sequence[Tensor], grads: Sequence[Tensor]
+        self,
+        slab: Tensor,
+        chosen: frozenset[Weight],
+        known: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        *,
+        parameters: bool,
     ) -> list[Tensor | None]:
         """Run the backward program: the gradients of the decision, the inputs and the parameters, None for
-        those that the decision does not reach."""
+        those that the decision does not reach. Without `parameters` nothing is computed for weights alone."""
         direction = self.plan.backward
         assert direction is not None
+        chosen |= {WITH_PARAMETERS if parameters else WITHOUT_PARAMETERS}
         dense = [grad.contiguous(memory_format=self.memory_format) for grad in grads]
         values = self.flags(chosen)[1]
         has = [self._is_reached(what, values) for what in self.gradients]
@@ -180,15 +187,15 @@ class Execution:
         empty = torch.empty(0, **self.options)
         reached = [shape for shape, there in zip(self.shapes, has[:count], strict=True) if there]
         pieces = iter(self._pieces(reached))
-        parameters = [next(pieces) if there else empty for there in has[:count]]
+        weights = [next(pieces) if there else empty for there in has[:count]]
         inputs = [
             self._new_like(value.shape) if there else empty
             for value, there in zip(self.plan.graph.sources, has[count:], strict=True)
         ]
         decision = torch.zeros(len(self.plan.settings.slots), **self.options)
-        tensors = [*self._common(known, True), *dense, *parameters, *inputs, decision]
+        tensors = [*self._common(known, True), *dense, *weights, *inputs, decision]
         self._run(direction, self._backward, slab, chosen, tensors)
-        found = zip([*parameters, *inputs], has, strict=True)
+        found = zip([*weights, *inputs], has, strict=True)
         gradients = [tensor if there else None for tensor, there in found]
         wants = self.wanted is not None and self.wanted.decision
         return [decision if wants else None, *gradients[count:], *gradients[:count]]
@@ -293,10 +300,19 @@ class RunPlan(torch.autograd.Function):
             # the first backward has used the memory up
             ctx.lease = execution.lease()
             execution.forward(_slab(ctx.lease), chosen, known, updates=False)
-        found = execution.backward(_slab(ctx.lease), chosen, known, grads)
-        ctx.lease.give_back()
         needed = ctx.needs_input_grad[3:]
+        wants = any(_is_asked_for(parameter) for parameter in rest[ctx.count :])
+        found = execution.backward(_slab(ctx.lease), chosen, known, grads, parameters=wants)
+        ctx.lease.give_back()
         return (None, None, None, *(g if needs else None for g, needs in zip(found, needed, strict=True)))
+
+
+def _is_asked_for(parameter: Tensor) -> bool:
+    """Whether the backward pass that is running goes on to this tensor; `autograd.grad` may name others."""
+    if not parameter.requires_grad:
+        return False
+    node = torch.autograd.graph.get_gradient_edge(parameter).node
+    return torch._C._will_engine_execute_node(node)
 
 
 def _differentiable(ctx: Any, decision: Tensor, rest: list[Tensor], grads: Sequence[Tensor]) -> list[Any]:

@@ -15,6 +15,11 @@ NEVER = -2
 """Not a flag of a plan: says that something is never needed."""
 
 
+WITH_PARAMETERS = Weight("gradients of parameters", 1)
+WITHOUT_PARAMETERS = Weight("gradients of parameters", 0)
+"""Chosen, one of the two, by each backward run: whether anyone asks for the gradients of the parameters."""
+
+
 class Flags:
     """Flags by number: a chosen candidate, or "all of" and "any of" earlier flags."""
 

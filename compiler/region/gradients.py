@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
-from nascompile.compiler.region.flags import ALWAYS, NEVER
+from nascompile.compiler.region.flags import ALWAYS, NEVER, WITH_PARAMETERS
 from nascompile.compiler.region.forward import Forward
 from nascompile.compiler.region.ir import (
     Conv,
@@ -99,6 +99,7 @@ class Gradients:
         self._slots: dict[TensorRef, list[tuple[int, int]]] = {}
         self.reached: dict[Hashable, int] = {}
         self._is_needed = self._needed()
+        self._with_parameters = self.flags.chosen(WITH_PARAMETERS)
 
     def _needed(self) -> set[Value]:
         """The values whose gradients lead to something that is asked for."""

@@ -188,8 +188,10 @@ def _steps(tasks: Sequence[Task], scratch: _Scratch, flags: Flags) -> tuple[list
                 name: scratch.get(name, channels, height, width, border)
                 for name, channels, height, width, border in task.scratch
             }
-            found.append(_with_flag(task.make({**maps, **own}), task.flag))
-            names.append(task.name)
+            made = task.make({**maps, **own})
+            made = made if isinstance(made, tuple) else (_with_flag(made, task.flag),)
+            found += made
+            names += [task.name] * len(made)
         if gather is not None:
             assert staged is not None
             _end_gather(staged, run, maps["dx"], flags, found, names)

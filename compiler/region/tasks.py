@@ -59,7 +59,8 @@ class Gather:
 
 @dataclass(eq=False, slots=True)
 class Task:
-    """`make` gives the operation once memory is laid out, from the scratch maps it asked for (by name).
+    """`make` gives the operation once memory is laid out, from the scratch maps it asked for (by name); or
+    several of which the flags choose one.
 
     `staged`: the image it reads, scratch map "x"; `gather`: where the gradient of that image goes, scratch
     map "dx". scratch: further maps, (name, channels, height, width, border). `name` and `work` (FLOPs for one

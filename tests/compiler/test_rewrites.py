@@ -3,13 +3,17 @@ not."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import nascompile
 from nascompile.compiler.region import region
+from nascompile.compiler.region.execution import Execution
 from nascompile.compiler.region.executors import NATIVE, REFERENCE
+from nascompile.compiler.region.flags import WITH_PARAMETERS, WITHOUT_PARAMETERS
 from nascompile.compiler.region.rewrites import REWRITES
 from nascompile.darts import DartsMutator
 from nascompile.mutables import InputChoice, LayerChoice
@@ -68,6 +72,36 @@ def test_a_rewrite_is_exact_and_changes_the_plan(name: str) -> None:
     for one, two in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-10)
     assert other != plan
+
+
+def test_gradients_of_decisions_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags: list[frozenset[Any]] = []
+    original = Execution.flags
+
+    def noted(self: Execution, chosen: frozenset[Any]) -> Any:
+        flags.append(chosen)
+        return original(self, chosen)
+
+    monkeypatch.setattr(Execution, "flags", noted)
+    torch.manual_seed(0)
+    model = Cell().double()
+    mutator = DartsMutator(model)
+    compiled = nascompile.compile(model)
+    x = torch.randn(2, 8, 6, 6, dtype=torch.float64)
+
+    def loss() -> Tensor:
+        mutator.reset()
+        return compiled(x).sin().sum()
+
+    alphas, weights = list(mutator.parameters()), list(model.parameters())
+    everything = torch.autograd.grad(loss(), [*alphas, *weights])
+    assert WITH_PARAMETERS in flags[-1]
+    alone = torch.autograd.grad(loss(), alphas)
+    assert WITHOUT_PARAMETERS in flags[-1]
+    last = torch.autograd.grad(loss(), weights[-1])
+    assert WITH_PARAMETERS in flags[-1]
+    for one, two in zip((*alone, *last), (*everything[: len(alphas)], everything[-1]), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-12)
 
 
 def test_plans_are_shown_with_shapes_bytes_and_flops() -> None:
