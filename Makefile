@@ -5,6 +5,8 @@ TORCH ?=
 EXAMPLE ?= examples/digits.py
 DEMO ?= --out runs/digits --overwrite --epochs 12 --retrain 30
 BENCH ?=
+N ?= 200
+FUZZ ?=
 TESTS ?= tests
 export TORCH
 
@@ -21,12 +23,13 @@ $(if $(wildcard $(PY)),,$(shell rm -f $(STATE)/environment))
 # one thread a process, one process a core: on two cores faster than two threads, and sums have one order
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --maxprocesses 8
 
-.PHONY: help setup setup-dev demo test check format lint types fix bench clean distclean
+.PHONY: help setup setup-dev demo test fuzz check format lint types fix bench clean distclean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       set up what is missing, then search, prune and export a network on real data"
 	@echo "make test       all tests                                  (TESTS=tests/kernels narrows them)"
+	@echo "make fuzz       random search spaces, compiled and eager   (N=1000 FUZZ='--seed 7 --seconds 600')"
 	@echo "make check      format, lint, types, tests: what CI runs"
 	@echo "make bench      the benchmarks of this machine             (BENCH='--help' shows the options)"
 	@echo "make setup      the environment and the C++ extension only"
@@ -55,6 +58,9 @@ demo: setup
 
 test: setup-dev
 	$(PYTEST) $(TESTS)
+
+fuzz: setup-dev
+	OMP_NUM_THREADS=1 $(PY) -m tests.fuzz --examples $(N) $(FUZZ)
 
 check: format lint types test
 

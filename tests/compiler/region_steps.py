@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -94,22 +93,23 @@ def train(model: nn.Module, mutator: Decided, case: Case, dtype: torch.dtype) ->
         if mode:
             optimizer.step()
         seen["parameters"] = dict(model.named_parameters())
-        rounds.append(copy.deepcopy(_detached(seen)))
+        rounds.append(detached(seen))
     return rounds
 
 
-def _detached(value: Any) -> Any:
+def detached(value: Any) -> Any:
+    """The same nesting, the tensors copied."""
     if isinstance(value, Tensor):
-        return value.detach()
+        return value.detach().clone()
     if isinstance(value, dict):
-        return {key: _detached(item) for key, item in value.items()}
-    return [_detached(item) for item in value] if isinstance(value, list) else value
+        return {key: detached(item) for key, item in value.items()}
+    return [detached(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 @cache
 def eagerly(case: Case, dtype: torch.dtype, layout: Any = torch.contiguous_format) -> Rounds:
     """What the model itself does; other layouts sum in other orders."""
-    model = build(case, dtype)
+    model: Any = build(case, dtype)
     model.to(memory_format=layout)
     return train(model, Decided(model), case, dtype)
 

@@ -218,7 +218,9 @@ def test_a_model_in_double_runs_op_by_op_and_says_so(monkeypatch: pytest.MonkeyP
     pair = Pair(dtype=torch.float64)
     pair.assert_same_steps()
     assert not pair.plans
-    assert "there is no executor for torch.float64" in pair.notes + str(nascompile.explain(pair.compiled, images(NET, torch.float64)))
+    assert "there is no executor for torch.float64" in pair.notes + str(
+        nascompile.explain(pair.compiled, images(NET, torch.float64))
+    )
 
 
 def test_autocast_runs_op_by_op() -> None:

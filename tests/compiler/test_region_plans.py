@@ -166,7 +166,7 @@ def test_gradients_of_gradients(kind: str, training: bool) -> None:
         y = model(x)
         leaves = [x, *model.parameters(), *(m for m in masks.values() if m.requires_grad)]
         first = torch.autograd.grad(y.sin().sum(), leaves, create_graph=True, allow_unused=True)
-        sum(g.square().sum() for g in first if g is not None).backward()
+        torch.stack([g.square().sum() for g in first if g is not None]).sum().backward()
         return [first, [leaf.grad for leaf in leaves], list(model.buffers())]
 
     pair = Pair(lambda model: model.train(training))
