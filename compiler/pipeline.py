@@ -42,8 +42,8 @@ def names(passes: Sequence[Pass] = DEFAULT) -> list[str]:
 def run(gm: fx.GraphModule, passes: Sequence[Pass] = DEFAULT, *, skip: Sequence[str] = ()) -> dict[str, int]:
     """Run the passes in order on `gm`, in place; the answer is the number of rewrites of each.
 
-    `skip` names passes, or rewrites inside plans (`region.rewrites`). After every pass the graph must be legal
-    for its stage (`spec`). Raises NascompileError for an unknown name in `skip`.
+    `skip` names passes, or rewrites inside plans (`region.rewrites`). After every pass the graph must be
+    legal for its stage (`spec`). Raises NascompileError for an unknown name in `skip`.
     """
     known = [*names(passes), *REWRITES]
     unknown = [name for name in skip if name not in known]

@@ -312,7 +312,11 @@ def _is_asked_for(parameter: Tensor) -> bool:
     if not parameter.requires_grad:
         return False
     node = torch.autograd.graph.get_gradient_edge(parameter).node
-    return torch._C._will_engine_execute_node(node)
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:
+        # torch answers so for a leaf that autograd.grad was asked for
+        return True
 
 
 def _differentiable(ctx: Any, decision: Tensor, rest: list[Tensor], grads: Sequence[Tensor]) -> list[Any]:

@@ -18,16 +18,16 @@ from nascompile.compiler.region.ir import (
     PoolOp,
     Source,
     Sum,
-    TensorRef,
     Unsupported,
     Value,
     Weight,
     Zero,
 )
 from nascompile.compiler.region.memory import Buffer, Place
+from nascompile.compiler.region.packing import Packing
 from nascompile.compiler.region.settings import Settings
-from nascompile.compiler.region.storage import ConvOf, Segments, Storage, Stored, TermOf
-from nascompile.compiler.region.tasks import Staged, Summed, Task, TaskList
+from nascompile.compiler.region.storage import ConvOf, Stored, TermOf
+from nascompile.compiler.region.tasks import Staged, Summed, Task
 from nascompile.kernels.plan.steps import (
     NONE,
     Activation,
@@ -35,8 +35,6 @@ from nascompile.kernels.plan.steps import (
     Combine,
     Load,
     Normalise,
-    PackDense,
-    PackDepthwise,
     Pick,
     Pool,
     Reduce,
@@ -46,14 +44,11 @@ from nascompile.kernels.plan.steps import (
 )
 
 
-class Forward(Storage):
+class Forward(Packing):
     """Builds the forward tasks and keeps what the backward pass has to know."""
 
     def __init__(self, graph: Graph, settings: Settings, flags: Flags) -> None:
         super().__init__(graph, settings, flags)
-        self.tasks = TaskList()
-        self._packed: dict[TensorRef, tuple[Buffer | None, Buffer | None]] = {}
-        self._packers: dict[TensorRef, list[Value]] = {}
         for value in graph.values:
             self._lower(value)
         for index, value in enumerate(graph.outputs):
@@ -113,9 +108,6 @@ class Forward(Storage):
             name, make, False, more.pop("reads", ()), more.pop("writes", ()), more.pop("flag", ALWAYS), **more
         )
         self.tasks.add(task)
-
-    def _barrier(self, name: str, make: Any, reads: Any, writes: Any, flag: int) -> None:
-        self.tasks.add(Task(name, lambda _: make(), True, tuple(reads), tuple(writes), flag))
 
     def _new_moments(self, value: Value, place: Place) -> tuple[int, tuple[Hashable, ...]]:
         """Sums for the statistics of a map, where a normalisation of its reads them."""
@@ -180,54 +172,6 @@ class Forward(Storage):
             staged=staged,
             work=flops(one),
         )
-
-    def _pack_depthwise(self, op: Conv, channels: int, segments: Segments, value: Value) -> Buffer:
-        count = op.kernel[0] * op.kernel[1]
-        self._packers.setdefault(op.weight, []).append(value)
-        known = self._packed.get(op.weight)
-        if known is not None and known[0] is not None:
-            return known[0]
-        buffer, tensor = self.vector("depthwise weights", count * channels), self.tensor(op.weight)
-        self._packed[op.weight] = (buffer, None)
-        self._barrier(
-            "pack",
-            lambda: PackDepthwise(
-                *(tensor, count, segments, channels, buffer.offset), flag=self._pack_flag(op.weight)
-            ),
-            (),
-            (buffer,),
-            ALWAYS,
-        )
-        return buffer
-
-    def _pack_dense(
-        self, op: Conv, inputs: int, outputs: int, source: Value, value: Value
-    ) -> tuple[Buffer, Buffer | None]:
-        self._packers.setdefault(op.weight, []).append(value)
-        if op.weight in self._packed:
-            return self._packed[op.weight]  # type: ignore[return-value]
-        count = op.kernel[0] * op.kernel[1]
-        size, tensor = count * inputs * outputs, self.tensor(op.weight)
-        target = self.vector("weights", size)
-        transposed = self.vector("transposed weights", size) if self.settings.has_backward else None
-        segments = self.segments(source), self.segments(value)
-        self._packed[op.weight] = (target, transposed)
-        self._barrier(
-            "pack",
-            lambda: PackDense(
-                *(tensor, count, *segments, inputs, outputs),
-                target.offset,
-                NONE if transposed is None else transposed.offset,
-                flag=self._pack_flag(op.weight),
-            ),
-            (),
-            (target,) if transposed is None else (target, transposed),
-            ALWAYS,
-        )
-        return target, transposed
-
-    def _pack_flag(self, weight: TensorRef) -> int:
-        return self.flags.any_of(self.flag(value) for value in self._packers[weight])
 
     def _pool(self, value: Value, op: PoolOp) -> None:
         source = value.inputs[0]
