@@ -96,10 +96,14 @@ def train(space: Space, model: nn.Module, dtype: torch.dtype) -> list[dict[str, 
             x = x.to(memory_format=torch.channels_last)
         found = step(model, masks, (x.requires_grad_(number % 2 == 0),), {}, seed=number)
         found.pop("changed inputs")
-        # zeros stand for None: see the tests of regions
-        found["decisions"] = {k: torch.zeros(()) if g is None else g for k, g in found["decisions"].items()}
-        found["decisions"] = {k: g if g.any() else torch.zeros(()) for k, g in found["decisions"].items()}
+        for group in ("decisions", "weights"):
+            # zeros count as None, and None as zeros: see the tests of regions
+            found[group] = {k: None if g is None or not g.any() else g for k, g in found[group].items()}
+        found["inputs"] = [None if g is None or not g.any() else g for g in found["inputs"]]
         if mode:
+            for parameter in parameters:
+                if parameter.grad is not None and not parameter.grad.any():
+                    parameter.grad = None
             optimizer.step()
         found["parameters"] = {**dict(model.named_parameters())}
         seen.append(detached(found))
@@ -121,7 +125,7 @@ def check(space: Space, seen: Seen) -> None:
             try:
                 assert_close(one[group], right[group], rtol=1e-8, atol=1e-9)
             except AssertionError as error:
-                raise Failure("wrong", f"fp64, step {number}, {group}: {error}") from None
+                raise Failure("wrong", f"fp64, step {number}, {group}: {str(error)[-300:]}") from None
     reference = train(space, build(space), torch.float32)
     compiled = nascompile.compile(build(space))
     actual = train(space, compiled, torch.float32)
@@ -198,6 +202,12 @@ def shrink(space: Space, kind: str, seconds: float) -> Space:
     return space
 
 
+def _line(failure: Failure) -> str:
+    """The first line of a difference, the last one of a traceback."""
+    lines = failure.text.splitlines()
+    return lines[-1 if lines[0].startswith("Traceback") else 0][:200]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="tests.fuzz", description=__doc__)
     parser.add_argument("--examples", type=int, default=200)
@@ -218,7 +228,7 @@ def main() -> int:
         failure = attempt(space, seen)
         if failure is not None:
             failures.append((seed, failure))
-            print(f"seed {seed}: {failure.kind}: {failure.text.splitlines()[-1]}", flush=True)
+            print(f"seed {seed}: {failure.kind}: {_line(failure)}", flush=True)
     print(f"{count} examples in {time.monotonic() - start:.0f} s")
     for title, counter in (("contained", seen.counts), ("op by op, or outside of regions", seen.reasons)):
         print(f"{title}:", *(f"  {number:6} {what}" for what, number in counter.most_common()), sep="\n")

@@ -151,7 +151,12 @@ def build(space: Space) -> nn.Module:
     """The model in fp32; the same weights every time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(space.seed)
-        return Net(space)
+        model = Net(space)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d) and module.affine:
+                # at zero, what a ReLU does to the norm of a constant is up to rounding
+                nn.init.normal_(module.bias, 0.2)
+        return model
 
 
 def draw(seed: int) -> Space:
@@ -159,7 +164,7 @@ def draw(seed: int) -> Space:
     rng = random.Random(seed)
     channels = rng.choice([3, 5, 8, 8, 8, 12, 16, 16, 24])
     reduce = tuple(rng.sample(sorted(STRIDED), rng.randint(2, 4))) if rng.random() < 0.3 else ()
-    size = rng.choice([(4, 4), (5, 5), (7, 5), (6, 3), (2, 2), (3, 1), (8, 6), (9, 2)])
+    size = rng.choice([(4, 4), (5, 5), (7, 5), (6, 3), (4, 3), (8, 6), (9, 2)])
     if "reduce" in reduce:
         # its halves differ on odd sizes, in torch too
         size = rng.choice([(4, 4), (8, 6), (2, 4)])
@@ -202,7 +207,8 @@ def _edge(rng: random.Random, number: int) -> Edge:
         rng.choice(AFTER) if rng.random() < 0.5 else "",
         rng.choice(values) if rng.random() < 0.3 else None,
         choose if len(choose) > 1 else (),
-        rng.choice(["sum", "sum", "sum", "mean"]),
+        # those of one key agree: what happens where they do not has a test of its own
+        "mean" if key == "shared_three" else "sum" if key else rng.choice(["sum", "sum", "mean"]),
         key,
     )
 
