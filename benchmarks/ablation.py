@@ -1,18 +1,22 @@
 """What each rewrite inside plans is worth: the DARTS supernet without it, beside the one with all of them.
 
-python -m benchmarks.ablation --batch-size 16 --repeats 9
+python benchmarks/ablation.py [--batch-size 16] [--repeats 9]
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import nascompile
 from nascompile.compiler.region.rewrites import REWRITES
@@ -37,7 +41,7 @@ def relative_error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> floa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="What each rewrite inside plans is worth")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=9)
     options = parser.parse_args()

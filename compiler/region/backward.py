@@ -25,7 +25,6 @@ from nascompile.compiler.region.ir import (
     Norm,
     PoolOp,
     Source,
-    TensorRef,
     Value,
 )
 from nascompile.compiler.region.memory import Buffer, Place
@@ -321,25 +320,6 @@ class Backward(Gradients):
         else:
             self._of[read].direct.append(lambda target: create(target, NONE, True))
             self._of[read].flags.append(flag)
-
-    def _weight_slots(self, value: Value, one: ConvOf, flag: int) -> tuple[int, int]:
-        """Where the chunks add up the gradients of the weights."""
-        found = []
-        inputs, outputs = one.staged.source.channels, self.forward.place(value).channels
-        for part, size in ((one.depthwise, inputs), (one.dense, inputs * outputs)):
-            if part is None or not self.wanted.parameters:
-                found.append(NONE)
-                continue
-            self._reach(part.weight, self.flags.all_of([flag, self._with_parameters]))
-            if part.weight not in self._slots:
-                count = part.kernel[0] * part.kernel[1]
-                self._slots[part.weight] = [(self.gradients, value.number)]
-                self.gradients += count * size
-            found.append(self._slots[part.weight][0][0])
-        return found[0], found[1]
-
-    def _reach(self, ref: TensorRef, flag: int) -> None:
-        self.reached[ref] = self.flags.any_of([flag, self.reached.get(ref, NEVER)])
 
     def _conv_step(
         self,

@@ -230,6 +230,25 @@ class Gradients:
             flows.append(Flow(place, None, flag))
         return flows, constant, flag
 
+    def _weight_slots(self, value: Value, one: ConvOf, flag: int) -> tuple[int, int]:
+        """Where the chunks add up the gradients of the weights."""
+        found = []
+        inputs, outputs = one.staged.source.channels, self.forward.place(value).channels
+        for part, size in ((one.depthwise, inputs), (one.dense, inputs * outputs)):
+            if part is None or not self.wanted.parameters:
+                found.append(NONE)
+                continue
+            self._reach(part.weight, self.flags.all_of([flag, self._with_parameters]))
+            if part.weight not in self._slots:
+                count = part.kernel[0] * part.kernel[1]
+                self._slots[part.weight] = [(self.gradients, value.number)]
+                self.gradients += count * size
+            found.append(self._slots[part.weight][0][0])
+        return found[0], found[1]
+
+    def _reach(self, ref: TensorRef, flag: int) -> None:
+        self.reached[ref] = self.flags.any_of([flag, self.reached.get(ref, NEVER)])
+
     def _unpack(self) -> None:
         """From the chunks' sums to the gradient tensors of the weights."""
         done: set[TensorRef] = set()

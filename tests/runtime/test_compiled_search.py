@@ -43,7 +43,8 @@ def search(*, compile: bool, unrolled: bool) -> tuple[list[float], dict[str, Any
         seed=0,
     )
     trainer.train()
-    entries = [] if trainer.compiled is None else trainer.compiled.entries
+    compiled: Any = trainer.compiled
+    entries = [] if compiled is None else compiled.entries
     plans = [region.__name__ for entry in entries for region in entry.regions if region.plans]
     return [epoch["train_loss"] for epoch in trainer.history], trainer.mutator.export(), plans
 
