@@ -22,13 +22,14 @@ class Decisions:
     """selections: by key. is_weighted: for every choice. chosen: the candidates that take part.
 
     vectors: for every key with weights, in order, the weights of all its candidates; of a mean they
-    are already divided by the number chosen. None where choices of one key are reduced in different ways.
+    are already divided by the number chosen. means: the keys of means.
     """
 
     selections: dict[str, Selection]
     is_weighted: tuple[bool, ...]
     chosen: frozenset[Weight]
     vectors: dict[str, Tensor]
+    means: frozenset[str]
 
 
 class Decided(Mutator):
@@ -59,13 +60,16 @@ def read_decisions(choices: Sequence[LoweredChoice], executor: Executor) -> Deci
             selections[choice.key] = mutator.selection(choice.key, len(choice))[0]
         elif len(choice) != choice_length(choices, choice.key):
             return f"choices of the key {choice.key!r} differ in length"
+        elif len({t.choice.reduction for t in choices if t.choice.key == choice.key}) > 1:
+            return f"choices of the key {choice.key!r} differ in their reduction"
         if not selections[choice.key].indices:
             return f"the decision chooses nothing for {choice.key!r}"
         if is_layer and any(choice[index] is None for index in selections[choice.key].indices):
             return f"a candidate of {choice.key!r} that is None is chosen"
     weighted = tuple(selections[t.choice.key].weights is not None for t in choices)
     chosen = frozenset(Weight(key, index) for key, s in selections.items() for index in s.indices)
-    return Decisions(selections, weighted, chosen, _vectors(choices, selections, executor))
+    means = frozenset(t.choice.key for t in choices if t.choice.reduction == "mean")
+    return Decisions(selections, weighted, chosen, _vectors(choices, selections, executor), means)
 
 
 def choice_length(choices: Sequence[LoweredChoice], key: str) -> int:

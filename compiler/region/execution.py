@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nascompile.compiler.decision import Selection
 from nascompile.compiler.mutables import forced_mutator
 from nascompile.compiler.region.decisions import Decided, Decisions
 from nascompile.compiler.region.executors import Executor
@@ -157,6 +158,10 @@ class Execution:
         buffers = [ref.value if updates else ref.value.clone() for ref in self.buffers]
         return [*known[:-1], *buffers, *(ref.value for ref in self._frozen), known[-1]]
 
+    def zeros(self, shape: tuple[int, ...]) -> Tensor:
+        """A gradient that is zero."""
+        return self._new_like(shape).zero_()
+
     def _new_like(self, shape: tuple[int, ...]) -> Tensor:
         size = (self.plan.settings.images, *shape)
         return torch.empty(size, memory_format=self.memory_format, **self.options)
@@ -182,7 +187,7 @@ class Execution:
         chosen |= {WITH_PARAMETERS if parameters else WITHOUT_PARAMETERS}
         dense = [grad.contiguous(memory_format=self.memory_format) for grad in grads]
         values = self.flags(chosen)[1]
-        has = [self._is_reached(what, values) for what in self.gradients]
+        has = [self.is_reached(what, values) for what in self.gradients]
         count = len(self.parameters)
         empty = torch.empty(0, **self.options)
         reached = [shape for shape, there in zip(self.shapes, has[:count], strict=True) if there]
@@ -207,7 +212,8 @@ class Execution:
         flat = torch.zeros(sum(sizes), **self.options)
         return [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
 
-    def _is_reached(self, what: Any, values: Sequence[bool]) -> bool:
+    def is_reached(self, what: Any, values: Sequence[bool]) -> bool:
+        """Whether there is a gradient of a parameter, an input or a decision under flags of these values."""
         flag = self.plan.reached.get(what, NEVER)
         return flag != NEVER and (flag < 0 or values[flag])
 
@@ -248,22 +254,22 @@ def call(
 ) -> tuple[Tensor, ...]:
     """The outputs of a region, with gradients where autograd wants them."""
     vectors = list(decisions.vectors.values())
-    decision = torch.cat(vectors) if vectors else torch.empty(0, **execution.options)
     parameters = [ref.value for ref in execution.parameters]
     if execution.wanted is not None:
-        return RunPlan.apply(execution, decisions, fallback, decision, *tensors, *parameters)
+        return RunPlan.apply(execution, decisions, fallback, *vectors, *tensors, *parameters)
     lease = execution.lease()
     with torch.no_grad():
-        known = _known(execution, decision, tensors, parameters)
+        known = _known(execution, vectors, tensors, parameters)
         outputs = execution.forward(_slab(lease), decisions.chosen, known)
     lease.give_back()
     return tuple(outputs)
 
 
 def _known(
-    execution: Execution, decision: Tensor, tensors: Sequence[Tensor], parameters: Sequence[Tensor]
+    execution: Execution, vectors: Sequence[Tensor], tensors: Sequence[Tensor], parameters: Sequence[Tensor]
 ) -> list[Tensor]:
     """Inputs, parameters and decision as the executor wants them in memory."""
+    decision = torch.cat(list(vectors)) if vectors else torch.empty(0, **execution.options)
     inputs = [tensor.contiguous(memory_format=execution.memory_format) for tensor in tensors]
     dense = [parameter if parameter.is_contiguous() else parameter.contiguous() for parameter in parameters]
     return [*inputs, *dense, decision]
@@ -280,31 +286,56 @@ class RunPlan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, execution: Execution, decisions: Decisions, fallback: Any, *args: Tensor) -> Any:
-        decision, *rest = args
+        ctx.set_materialize_grads(False)
         ctx.execution, ctx.decisions, ctx.fallback = execution, decisions, fallback
-        ctx.count = len(rest) - len(execution.parameters)
+        ctx.ends = (len(decisions.vectors), len(args) - len(execution.parameters))
         ctx.lease = execution.lease()
-        known = _known(execution, decision, rest[: ctx.count], rest[ctx.count :])
+        known = _known(execution, *_parts(ctx, args))
         outputs = execution.forward(_slab(ctx.lease), decisions.chosen, known)
         ctx.save_for_backward(*args)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        decision, *rest = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return (None, None, None, *_differentiable(ctx, decision, rest, grads))
+        args = ctx.saved_tensors
+        if all(grad is None for grad in grads):
+            return (None,) * (3 + len(args))
+        vectors, tensors, parameters = _parts(ctx, args)
         execution, chosen = ctx.execution, ctx.decisions.chosen
-        known = _known(execution, decision, rest[: ctx.count], rest[ctx.count :])
+        shapes = [value.shape for value in execution.plan.graph.outputs]
+        pairs = zip(grads, shapes, strict=True)
+        grads = tuple(execution.zeros(shape) if grad is None else grad for grad, shape in pairs)
+        if torch.is_grad_enabled():
+            return (None, None, None, *_differentiable(ctx, vectors, tensors, parameters, grads))
+        known = _known(execution, vectors, tensors, parameters)
         if ctx.lease.slab is None:
             # the first backward has used the memory up
             ctx.lease = execution.lease()
             execution.forward(_slab(ctx.lease), chosen, known, updates=False)
-        needed = ctx.needs_input_grad[3:]
-        wants = any(_is_asked_for(parameter) for parameter in rest[ctx.count :])
-        found = execution.backward(_slab(ctx.lease), chosen, known, grads, parameters=wants)
+        wants = any(_is_asked_for(parameter) for parameter in parameters)
+        decision, *found = execution.backward(_slab(ctx.lease), chosen, known, grads, parameters=wants)
         ctx.lease.give_back()
+        found = [*_by_key(execution, ctx.decisions, decision), *found]
+        needed = ctx.needs_input_grad[3:]
         return (None, None, None, *(g if needs else None for g, needs in zip(found, needed, strict=True)))
+
+
+def _parts(ctx: Any, args: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
+    """The decision's vectors, the inputs and the parameters."""
+    first, second = ctx.ends
+    return args[:first], args[first:second], args[second:]
+
+
+def _by_key(execution: Execution, decisions: Decisions, gradient: Tensor | None) -> list[Tensor | None]:
+    """The decision's gradient, one vector a key; None where no candidate of the key is reached."""
+    if gradient is None:
+        return [None] * len(decisions.vectors)
+    values = execution.flags(decisions.chosen)[1]
+    pieces = gradient.split([vector.numel() for vector in decisions.vectors.values()])
+    return [
+        piece if execution.is_reached(("decision", key), values) else None
+        for key, piece in zip(decisions.vectors, pieces, strict=True)
+    ]
 
 
 def _is_asked_for(parameter: Tensor) -> bool:
@@ -319,27 +350,35 @@ def _is_asked_for(parameter: Tensor) -> bool:
         return True
 
 
-def _differentiable(ctx: Any, decision: Tensor, rest: list[Tensor], grads: Sequence[Tensor]) -> list[Any]:
+def _differentiable(
+    ctx: Any,
+    vectors: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    grads: Sequence[Tensor],
+) -> list[Any]:
     """The gradients as functions of everything, for `create_graph=True`: by autograd, through the region op
     by op."""
     execution = ctx.execution
-    selections, at = {}, 0
-    for key, selection in ctx.decisions.selections.items():
-        if key in ctx.decisions.vectors and selection.weights is not None:
-            length = selection.weights.numel()
-            selections[key] = type(selection)(selection.indices, decision[at : at + length])
-            at += length
-        else:
-            at += ctx.decisions.vectors[key].numel() if key in ctx.decisions.vectors else 0
-            selections[key] = selection
-    kept = [(ref.value, ref.value.clone()) for ref in execution.buffers]
-    with forced_mutator(Decided(selections)):
-        outputs = ctx.fallback(*rest[: ctx.count])
-    with torch.no_grad():
-        for tensor, before in kept:
-            tensor.copy_(before)
+    selections = dict(ctx.decisions.selections)
+    for key, vector in zip(ctx.decisions.vectors, vectors, strict=True):
+        selection = selections[key]
+        if selection.weights is not None:
+            # a mean divides by the number chosen once more
+            factor = len(selection.indices) if key in ctx.decisions.means else 1
+            selections[key] = Selection(selection.indices, vector * factor)
+    # copies of the running statistics, for the step has updated them already
+    kept = [(ref, ref.value) for ref in execution.buffers]
+    try:
+        for ref, tensor in kept:
+            ref.module._buffers[ref.name] = tensor.clone()
+        with forced_mutator(Decided(selections)):
+            outputs = ctx.fallback(*tensors)
+    finally:
+        for ref, tensor in kept:
+            ref.module._buffers[ref.name] = tensor
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    inputs = [decision, *rest]
+    inputs = [*vectors, *tensors, *parameters]
     wanted = [tensor for tensor in inputs if tensor.requires_grad]
     found = iter(torch.autograd.grad(outputs, wanted, list(grads), create_graph=True, allow_unused=True))
     return [next(found) if tensor.requires_grad else None for tensor in inputs]

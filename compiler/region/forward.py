@@ -37,7 +37,6 @@ from nascompile.kernels.plan.steps import (
     Normalise,
     Pick,
     Pool,
-    Reduce,
     Store,
     Term,
     Weighted,
@@ -208,6 +207,8 @@ class Forward(Packing):
         out = self.vectors[value] = self.vector(f"norm {value.number}", 4 * channels)
         moments = self._moments_of(source) if op.by_batch else NONE
         elements = self.settings.images * source.shape[1] * source.shape[2]
+        if op.by_batch and elements == 1:
+            raise Unsupported("a BatchNorm has one value per channel to train with")
         segments = ((op.first, value.channels, 0),)
         tensors = (
             *(self.optional(op.gamma), self.optional(op.beta)),
@@ -222,7 +223,8 @@ class Forward(Packing):
                 flag=self.flag(value),
             ),
             () if moments == NONE else (Summed("sums", moments),),
-            (out,),
+            # one after another where a module is called twice
+            (out, ("running", op.running_mean)) if op.updates else (out,),
             self.flag(value),
         )
 
@@ -246,9 +248,11 @@ class Forward(Packing):
             at = self.moments[source] = self.new_sums(2 * place.channels)
             self._step(
                 f"sum {source.number}",
-                lambda _: Reduce(place.map(), (Term(place.map(), at + place.channels, NONE),), at),
+                lambda _: Combine(
+                    (Term(place.map(), NONE, NONE),), NONE, Activation.none, place.map(), 0, at
+                ),
                 reads=place.cells(),
-                writes=(Summed("sums", at),),
+                writes=(*place.cells(), Summed("sums", at)),
                 flag=self.flag(source),
             )
         return self.moments[source]

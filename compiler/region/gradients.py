@@ -246,7 +246,7 @@ class Gradients:
             found.append(self._slots[part.weight][0][0])
         return found[0], found[1]
 
-    def _reach(self, ref: TensorRef, flag: int) -> None:
+    def _reach(self, ref: Hashable, flag: int) -> None:
         self.reached[ref] = self.flags.any_of([flag, self.reached.get(ref, NEVER)])
 
     def _unpack(self) -> None:

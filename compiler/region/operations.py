@@ -207,6 +207,9 @@ def apply_function(graph: Graph, node: fx.Node, env: Env, owner: Weight | None) 
         return _cat(graph, node, env, owner)
     if node.target in (operator.add, torch.add) or name == "add":
         _only_arguments(node, 2, {})
+        if any(isinstance(arg, int) and arg == 0 for arg in node.args):
+            # python's sum() begins with 0 + x
+            return _value(node, 1 if node.args[0] == 0 else 0, env)
         return add_up(graph, [_value(node, 0, env), _value(node, 1, env)], owner)
     if node.target is operator.getitem:
         return _crop(graph, node, env, owner)

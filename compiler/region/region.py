@@ -61,6 +61,7 @@ class Region:
         executor = executor_for(tensors)
         decisions = executor if isinstance(executor, str) else read_decisions(self.choices, executor)
         if isinstance(executor, str) or isinstance(decisions, str):
+            self._notes[self.__name__] = f"runs op by op: {decisions}"
             return self.fallback(*tensors)
         execution = self._execution(tensors, decisions, executor)
         if execution is None:

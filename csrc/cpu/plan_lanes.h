@@ -66,6 +66,11 @@ NASCOMPILE_INLINE Channels<N> add(const Channels<N>& a, const Channels<N>& b) {
 }
 
 template <int N>
+NASCOMPILE_INLINE Channels<N> subtract(const Channels<N>& a, const Channels<N>& b) {
+  return each([](const Vec& x, const Vec& y) { return x - y; }, a, b);
+}
+
+template <int N>
 NASCOMPILE_INLINE Channels<N> multiply(const Channels<N>& a, const Channels<N>& b) {
   return each([](const Vec& x, const Vec& y) { return x * y; }, a, b);
 }
@@ -115,6 +120,25 @@ NASCOMPILE_INLINE void add_to(double* sums, const Channels<N>& values) {
   values.store(lanes);
   for (int i = 0; i < N; ++i) {
     sums[i] += lanes[i];
+  }
+}
+
+// Sums of values about a shift, and of their squares, go to the sums of the values themselves: in fp64, for where the
+// mean is much larger than the deviation the squares would cancel.
+template <int N>
+NASCOMPILE_INLINE void add_moments(
+    double* sums, int64_t channels, int64_t pixels, const Channels<N>& shift, const Channels<N>& total,
+    const Channels<N>& squares) {
+  float shifts[N];
+  float totals[N];
+  float products[N];
+  shift.store(shifts);
+  total.store(totals);
+  squares.store(products);
+  for (int i = 0; i < N; ++i) {
+    const double whole = totals[i] + static_cast<double>(pixels) * shifts[i];
+    sums[i] += whole;
+    sums[channels + i] += products[i] + shifts[i] * (totals[i] + whole);
   }
 }
 

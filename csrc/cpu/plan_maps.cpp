@@ -85,6 +85,7 @@ void add_group(
 // target (+)= activation(sum), with moments
 template <int N, int64_t A>
 void finish(const plan::Combine& step, const Tile& tile, int64_t channel, const View& sum, const View& target, double* moments) {
+  Channels<N> shift;
   Channels<N> total;
   Channels<N> squares;
   for (int64_t y = 0; y < tile.rows; ++y) {
@@ -97,6 +98,10 @@ void finish(const plan::Combine& step, const Tile& tile, int64_t channel, const 
       }
       value.store(out);
       if (moments != nullptr) {
+        if (y == 0 && x == 0) {
+          shift = value;
+        }
+        value = subtract(value, shift);
         total = add(total, value);
         squares = multiply_add(value, value, squares);
       }
@@ -105,8 +110,7 @@ void finish(const plan::Combine& step, const Tile& tile, int64_t channel, const 
     }
   }
   if (moments != nullptr) {
-    add_to(moments + channel, total);
-    add_to(moments + step.target.channels + channel, squares);
+    add_moments(moments + channel, step.target.channels, tile.rows * tile.width, shift, total, squares);
   }
 }
 

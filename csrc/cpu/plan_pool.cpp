@@ -97,15 +97,20 @@ class Moments {
   Moments(double* sums, int64_t channels) : sums_(sums), channels_(channels) {}
 
   NASCOMPILE_INLINE void take(const Channels<N>& value) {
-    total_ = add(total_, value);
-    squares_ = multiply_add(value, value, squares_);
+    if (is_first_) {
+      shift_ = value;
+      is_first_ = false;
+    }
+    const Channels<N> about = subtract(value, shift_);
+    total_ = add(total_, about);
+    squares_ = multiply_add(about, about, squares_);
   }
   // at the end of every row of `pixels`
   void end_row(int64_t pixels, bool is_last) {
     pixels_ += pixels;
     if (sums_ != nullptr && (pixels_ >= kSumPixels || is_last)) {
-      add_to(sums_, total_);
-      add_to(sums_ + channels_, squares_);
+      add_moments(sums_, channels_, pixels_, shift_, total_, squares_);
+      is_first_ = true;
       total_ = Channels<N>();
       squares_ = Channels<N>();
       pixels_ = 0;
@@ -116,6 +121,8 @@ class Moments {
   double* sums_;
   int64_t channels_;
   int64_t pixels_ = 0;
+  bool is_first_ = true;
+  Channels<N> shift_;
   Channels<N> total_;
   Channels<N> squares_;
 };

@@ -163,7 +163,8 @@ def assert_rounds_closer(actual: Rounds, references: Sequence[Rounds], exact: Ro
             name = f"round {number} {ROUNDS[number]}: {group}"
             assert [leaf is None for leaf in mine] == [leaf is None for leaf in theirs], name
             assert _counters(mine) == _counters(theirs), name
-            error, allowed = _error(one[group], right[group]), numerics.FACTOR * worst
+            # twice the factor of one kernel: the steps before this one hand their rounding on
+            error, allowed = _error(one[group], right[group]), 2 * numerics.FACTOR * worst
             assert error <= allowed, f"{name}: relative error {error:.3g}, allowed {allowed:.3g}"
 
 

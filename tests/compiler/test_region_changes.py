@@ -212,7 +212,6 @@ def test_channels_last(model_too: bool, dtype: torch.dtype) -> None:
     assert_closer(*gradients)
 
 
-@pytest.mark.xfail(strict=True, reason="a region that has no executor is silent")
 def test_a_model_in_double_runs_op_by_op_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(region, "EXECUTORS", (NATIVE,))
     pair = Pair(dtype=torch.float64)

@@ -153,10 +153,7 @@ def test_backward_twice() -> None:
 @pytest.mark.parametrize(
     "training",
     [
-        pytest.param(
-            True,
-            marks=pytest.mark.xfail(strict=True, reason="statistics are put back where autograd sees it"),
-        ),
+        True,
         False,
     ],
 )
@@ -264,7 +261,6 @@ def test_without_gradients_and_with() -> None:
     assert_same(actual, expected)
 
 
-@pytest.mark.xfail(strict=True, reason="plans do not count the values of a channel")
 def test_training_needs_more_than_one_value() -> None:
     pair = Pair()
     decide(pair.mutators[1], "soft", torch.float64)

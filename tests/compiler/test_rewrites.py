@@ -3,6 +3,7 @@ not."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -94,12 +95,18 @@ def test_gradients_of_decisions_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         return compiled(x).sin().sum()
 
     alphas, weights = list(mutator.parameters()), list(model.parameters())
-    everything = torch.autograd.grad(loss(), [*alphas, *weights])
-    assert WITH_PARAMETERS in flags[-1]
-    alone = torch.autograd.grad(loss(), alphas)
-    assert WITHOUT_PARAMETERS in flags[-1]
-    last = torch.autograd.grad(loss(), weights[-1])
-    assert WITH_PARAMETERS in flags[-1]
+
+    def gradients(of: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], set[Any]]:
+        flags.clear()
+        return torch.autograd.grad(loss(), of), set().union(*flags)
+
+    everything, used = gradients([*alphas, *weights])
+    assert WITH_PARAMETERS in used
+    alone, used = gradients(alphas)
+    assert WITHOUT_PARAMETERS in used
+    assert WITH_PARAMETERS not in used
+    last, used = gradients(weights[-1:])
+    assert WITH_PARAMETERS in used
     for one, two in zip((*alone, *last), (*everything[: len(alphas)], everything[-1]), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-12)
 
