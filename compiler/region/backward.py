@@ -28,7 +28,7 @@ from nascompile.compiler.region.ir import (
     Value,
 )
 from nascompile.compiler.region.memory import Buffer, Place
-from nascompile.compiler.region.storage import ConvOf, Stored, TermOf
+from nascompile.compiler.region.storage import ConvOf, Stored, TermOf, scale_and_shift
 from nascompile.compiler.region.tasks import Gather, Summed
 from nascompile.kernels.plan.steps import (
     NONE,
@@ -165,8 +165,7 @@ class Backward(Gradients):
         total = NONE if term.norm is None else sums[None]
 
         def make() -> DecisionGradient:
-            at = NONE if vectors is None else vectors.offset
-            scale, shift = (NONE, NONE) if at == NONE else (at + 2 * channels, at + 3 * channels)
+            scale, shift = scale_and_shift(vectors, channels)
             return DecisionGradient(slot, total, sums[term], scale, shift, channels, number, flag=flag)
 
         reads = [Summed("sums", sums[term])]
@@ -246,9 +245,7 @@ class Backward(Gradients):
         flag = self._flag(value)
         if not waiting or flag == NEVER:
             return
-        place = self.forward.new_map(value, f"g{value.number}")
-        self.forward.buffers.remove(place.buffer)
-        self.buffers.append(place.buffer)
+        place = self._new_place(value)
         at = self._new_sums(2 * y.channels)
         if len(waiting) > 1:
             self._sum_up(f"gradient {value.number}", Gradient(), place, flag, adds=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nascompile.compiler.region.ir import Conv
-from nascompile.compiler.region.storage import ConvOf
+from nascompile.compiler.region.storage import ConvOf, scale_and_shift
 from nascompile.compiler.region.tasks import Staged
 from nascompile.kernels.plan.steps import NONE, Convolve, Map, Stage, Tap
 
@@ -58,6 +58,5 @@ def flops(one: ConvOf) -> int:
 def make_stage(staged: Staged, target: Map, flag: int) -> Stage:
     """The step that stages an image."""
     channels = staged.source.channels
-    at = NONE if staged.vectors is None else staged.vectors.offset
-    vectors = (NONE, NONE) if at == NONE else (at + 2 * channels, at + 3 * channels)
+    vectors = scale_and_shift(staged.vectors, channels)
     return Stage(staged.source.map(), *vectors, staged.activation, target, flag=flag)

@@ -26,7 +26,7 @@ from nascompile.compiler.region.ir import (
 from nascompile.compiler.region.memory import Buffer, Place
 from nascompile.compiler.region.packing import Packing
 from nascompile.compiler.region.settings import Settings
-from nascompile.compiler.region.storage import ConvOf, Stored, TermOf
+from nascompile.compiler.region.storage import ConvOf, Stored, TermOf, scale_and_shift
 from nascompile.compiler.region.tasks import Staged, Summed, Task
 from nascompile.kernels.plan.steps import (
     NONE,
@@ -344,8 +344,8 @@ class Forward(Packing):
         def make() -> Coefficients:
             weighted = []
             for term in rows:
-                at = NONE if term.norm is None else self.vectors[term.norm].offset
-                scale, shift = (NONE, NONE) if at == NONE else (at + 2 * channels, at + 3 * channels)
+                vectors = None if term.norm is None else self.vectors[term.norm]
+                scale, shift = scale_and_shift(vectors, channels)
                 slot = NONE if term.weight is None else self.settings.slot(term.weight)
                 assert term.coefficient is not None
                 weighted.append(Weighted(slot, scale, shift, term.coefficient.offset, term.flag))

@@ -137,6 +137,13 @@ class Gradients:
         self.sums += count
         return self.sums - count
 
+    def _new_place(self, value: Value) -> Place:
+        """A map of the size of the value, in the memory of the backward pass."""
+        place = self.forward.new_map(value, f"g{value.number}")
+        self.forward.buffers.remove(place.buffer)
+        self.buffers.append(place.buffer)
+        return place
+
     def _place(self, value: Value) -> Place:
         """The buffer of a map's gradient; the part of a concatenation's where the map is one."""
         if value not in self._places:
@@ -145,10 +152,7 @@ class Gradients:
                 whole = self._place(part[0])
                 self._places[value] = whole.part(part[1], self.forward.place(value).channels)
             else:
-                place = self.forward.new_map(value, f"g{value.number}")
-                self.forward.buffers.remove(place.buffer)
-                self.buffers.append(place.buffer)
-                self._places[value] = place
+                self._places[value] = self._new_place(value)
         return self._places[value]
 
     def _step(self, name: str, make: Any, **more: Any) -> None:

@@ -7,7 +7,7 @@ import gc
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -20,6 +20,7 @@ from nascompile.compiler.region.gradients import Wanted
 from nascompile.compiler.region.ir import Graph
 from nascompile.compiler.region.memory import Buffer, lay_out
 from nascompile.compiler.region.settings import Settings
+from nascompile.compiler.region.storage import scale_and_shift
 from nascompile.compiler.region.tasks import (
     Staged,
     Task,
@@ -40,8 +41,6 @@ class Direction:
     program: Program
     encoded: Tensor
     tensors: list[Any]
-    names: list[list[str]] = field(default_factory=list)
-    """For every phase, what its barrier operations and steps are called."""
     work: int = 0
     """FLOPs of the convolutions for one image."""
 
@@ -120,12 +119,12 @@ class _Scratch:
         height: int,
         width: int,
         border: tuple[int, int],
-        row: int | None = None,
     ) -> Map:
         """The interior of an image with zeros around it."""
         key = (name, channels, height, width, border)
         if key not in self._maps:
-            row = (width + 2 * border[1]) * channels if row is None else row
+            row = (width + 2 * border[1]) * channels
+            # rows a whole number of kilobytes apart would fall on the same cache lines
             if row % 256 == 0 and any(border):
                 row += channels
             start = self.floats + border[0] * row + border[1] * channels
@@ -142,12 +141,11 @@ def _emit(
     by_phase: defaultdict[int, list[Task]] = defaultdict(list)
     for task in tasks.tasks:
         by_phase[task.phase].append(task)
-    phases, names = [], []
+    phases = []
     for number in range(max(by_phase, default=-1) + 1):
         barriers, steps = in_phase(by_phase[number])
-        operations, called = _steps(steps, scratch, flags)
+        operations = _steps(steps, scratch, flags)
         phases.append(Phase(tuple(task.make({}) for task in barriers), tuple(operations)))
-        names.append([task.name for task in barriers] + called)
     program = Program(
         tuple(phases),
         settings.images,
@@ -158,13 +156,12 @@ def _emit(
         aligned(scratch.floats),
     )
     work = sum(task.work for task in tasks.tasks)
-    return Direction(program, encode(program), list(tensors), names, work)
+    return Direction(program, encode(program), list(tensors), work)
 
 
-def _steps(tasks: Sequence[Task], scratch: _Scratch, flags: Flags) -> tuple[list[Any], list[str]]:
+def _steps(tasks: Sequence[Task], scratch: _Scratch, flags: Flags) -> list[Any]:
     """The steps of a phase: what reads one staged image stands together, after the step that stages it."""
     found: list[Any] = []
-    names: list[str] = []
     at = 0
     while at < len(tasks):
         end = at + 1
@@ -179,64 +176,52 @@ def _steps(tasks: Sequence[Task], scratch: _Scratch, flags: Flags) -> tuple[list
         at = end
         maps: dict[str, Map] = {}
         if staged is not None:
-            maps["x"] = _stage(staged, run, scratch, flags, found, names)
+            maps["x"] = _stage(staged, run, scratch, flags, found)
         if gather is not None:
             assert staged is not None
-            maps["dx"] = _begin_gather(staged, run, scratch, flags, found, names)
+            maps["dx"] = _begin_gather(staged, run, scratch, flags, found)
         for task in run:
             own = {
                 name: scratch.get(name, channels, height, width, border)
                 for name, channels, height, width, border in task.scratch
             }
             made = task.make({**maps, **own})
-            made = made if isinstance(made, tuple) else (_with_flag(made, task.flag),)
+            made = made if isinstance(made, tuple) else (replace(made, flag=task.flag),)
             found += made
-            names += [task.name] * len(made)
         if gather is not None:
             assert staged is not None
-            _end_gather(staged, run, maps["dx"], flags, found, names)
-    return found, names
+            _end_gather(staged, run, maps["dx"], flags, found)
+    return found
 
 
 def _any(flags: Flags, run: Sequence[Task]) -> int:
     return flags.any_of(task.flag for task in run)
 
 
-def _with_flag(step: Any, flag: int) -> Any:
-    return type(step)(*(getattr(step, name) for name in step.__slots__ if name != "flag"), flag=flag)
-
-
-def _stage(
-    staged: Staged, run: Sequence[Task], scratch: _Scratch, flags: Flags, found: list[Any], names: list[str]
-) -> Map:
+def _stage(staged: Staged, run: Sequence[Task], scratch: _Scratch, flags: Flags, found: list[Any]) -> Map:
     source = staged.source
     if staged.is_direct:
         return source.map()
     size = (source.channels, source.height, source.width)
-    target = scratch.get("x", *size, staged.border, staged.row)
+    target = scratch.get("x", *size, staged.border)
     found.append(make_stage(staged, target, _any(flags, run)))
-    names.append("stage")
     return target
 
 
 def _begin_gather(
-    staged: Staged, run: Sequence[Task], scratch: _Scratch, flags: Flags, found: list[Any], names: list[str]
+    staged: Staged, run: Sequence[Task], scratch: _Scratch, flags: Flags, found: list[Any]
 ) -> Map:
     source = staged.source
     target = scratch.get("dx", source.channels, source.height, source.width, (0, 0))
     found.append(Combine((), NONE, Activation.none, target, 0, NONE, flag=_any(flags, run)))
-    names.append("clear")
     return target
 
 
-def _end_gather(
-    staged: Staged, run: Sequence[Task], gradient: Map, flags: Flags, found: list[Any], names: list[str]
-) -> None:
+def _end_gather(staged: Staged, run: Sequence[Task], gradient: Map, flags: Flags, found: list[Any]) -> None:
     gather = run[0].gather
     assert gather is not None
     channels = staged.source.channels
-    at = NONE if staged.vectors is None else staged.vectors.offset
-    scale, shift = (NONE, NONE) if at == NONE else (at + 2 * channels, at + 3 * channels)
+    scale, shift = scale_and_shift(staged.vectors, channels)
     target = gather.target.map()
     found.append(
         Unstage(
@@ -251,4 +236,3 @@ def _end_gather(
             flag=_any(flags, run),
         )
     )
-    names.append("unstage")

@@ -82,6 +82,13 @@ class ConvOf:
         return part
 
 
+def scale_and_shift(vectors: Buffer | None, channels: int) -> tuple[int, int]:
+    """Where a normalisation's scale and shift lie, the last two of its four vectors; NONE without one."""
+    if vectors is None:
+        return NONE, NONE
+    return vectors.offset + 2 * channels, vectors.offset + 3 * channels
+
+
 class Storage:
     """The maps, vectors, sums and tensors of a region's forward program."""
 

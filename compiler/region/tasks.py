@@ -34,19 +34,6 @@ class Staged:
         plain = self.vectors is None and self.activation == Activation.none
         return plain and self.border == (0, 0)
 
-    @property
-    def geometry(self) -> tuple[int, int, int, int, int]:
-        """Images of equal geometry use the same scratch one after another."""
-        return (*self.border, self.source.channels, self.source.height, self.source.width)
-
-    @property
-    def row(self) -> int:
-        """Floats from one row to the next, in scratch."""
-        pixels = self.source.width + 2 * self.border[1]
-        row = pixels * self.source.channels
-        # rows a whole number of kilobytes apart would fall on the same cache lines
-        return row + self.source.channels if row % 256 == 0 and any(self.border) else row
-
 
 @dataclass(frozen=True, slots=True)
 class Gather:
@@ -89,8 +76,8 @@ class TaskList:
     def add(self, task: Task) -> None:
         self.tasks.append(task)
 
-    def dependencies(self) -> list[tuple[int, int, int]]:
-        """(earlier, later, phases between them at least) for all pairs that matter."""
+    def dependencies(self) -> list[tuple[int, int]]:
+        """(earlier, later) for all pairs that matter."""
         writers: dict[Hashable, list[int]] = {}
         readers: defaultdict[Hashable, list[int]] = defaultdict(list)
         found = []
@@ -105,11 +92,7 @@ class TaskList:
                     continue
                 found += [(before, number) for before in (*writers.get(what, ()), *readers[what])]
                 writers[what], readers[what] = [number], []
-        return [
-            (before, after, int(self.tasks[after].is_barrier and not self.tasks[before].is_barrier))
-            for before, after in found
-            if before != after
-        ]
+        return [(before, after) for before, after in found if before != after]
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +169,7 @@ def in_phase(tasks: Sequence[Task]) -> tuple[list[Task], list[Task]]:
     waits = {id(task): 0 for task in steps}
     followers: defaultdict[int, list[Task]] = defaultdict(list)
     listed = TaskList(steps)
-    for before, after, _ in listed.dependencies():
+    for before, after in listed.dependencies():
         followers[id(steps[before])].append(steps[after])
         waits[id(steps[after])] += 1
     ready = [task for task in steps if not waits[id(task)]]
