@@ -19,6 +19,7 @@ from nascompile.compiler.region.gradients import (
 )
 from nascompile.compiler.region.grids import grid_border, input_grids
 from nascompile.compiler.region.ir import (
+    Arrange,
     Cat,
     Channels,
     Conv,
@@ -28,7 +29,7 @@ from nascompile.compiler.region.ir import (
     Value,
 )
 from nascompile.compiler.region.memory import Buffer, Place
-from nascompile.compiler.region.storage import ConvOf, Stored, TermOf, scale_and_shift
+from nascompile.compiler.region.storage import ConvOf, Stored, TermOf, runs_of, scale_and_shift, starts_of
 from nascompile.compiler.region.tasks import Gather, Summed
 from nascompile.kernels.plan.steps import (
     NONE,
@@ -72,8 +73,8 @@ class Backward(Gradients):
             self._conv(value, self.forward.convs[value])
         elif isinstance(op, PoolOp):
             self._pool(value, op)
-        elif isinstance(op, Channels):
-            self._pick(value, op)
+        elif isinstance(op, Channels | Arrange):
+            self._pick(value)
         elif isinstance(op, Source):
             self._source(value, op)
 
@@ -81,7 +82,7 @@ class Backward(Gradients):
         place = self._stored_gradient(value)
         if place is None:
             return
-        for part, (_, _, first) in zip(value.inputs, self.forward.segments(value), strict=True):
+        for part, first in zip(value.inputs, starts_of(value), strict=True):
             if part not in self._is_needed:
                 continue
             self._of[part].flags.append(self._flag(value))
@@ -95,7 +96,7 @@ class Backward(Gradients):
         if place is None:
             return
         number = self.tensor(("grad input", op.index))
-        strides, segments = self.settings.strides(value.shape), self.forward.segments(value)
+        strides, segments = self.settings.strides(value.shape), value.layout.segments
         self._step(
             f"store gradient of input {op.index}",
             lambda _: Store(number, *strides, segments, place.map()),
@@ -218,7 +219,7 @@ class Backward(Gradients):
         vectors, weighted = self.forward.vectors[value], any(a.term and a.term.weight for a in arrivals)
         decision = self.tensor("decision") if weighted else NONE
         elements = self.settings.images * value.shape[1] * value.shape[2] if op.by_batch else 0
-        segments = ((op.first, value.channels, 0),)
+        segments = value.layout.shifted(op.first)
         shared = gradient.by_y if op.by_batch and outs and outs[0] is not None else None
         constant = gradient.constant if shared is not None else None
 
@@ -253,16 +254,21 @@ class Backward(Gradients):
             create(place, at, len(waiting) > 1)
         self._arrivals[value].append(Arrival(place, None, at, at + y.channels, flag))
 
-    def _pick(self, value: Value, op: Channels) -> None:
+    def _pick(self, value: Value) -> None:
         source, flag = value.inputs[0], self._flag(value)
         place = self._stored_gradient(value)
         if place is None:
             return
 
+        picked = runs_of(value)
+
         def create(target: Place) -> None:
             self._step(
                 f"pick backward {value.number}",
-                lambda _: Pick(place.map(), target.map(), 0, 1, op.first, op.step, op.count, 1),
+                lambda _: tuple(
+                    Pick(place.map(), target.map(), at, 1, first, step, count, 1, flag=flag)
+                    for first, step, at, count in picked
+                ),
                 reads=place.cells(),
                 writes=target.cells(),
                 flag=flag,

@@ -9,6 +9,7 @@ from nascompile.compiler.region.convolutions import flops, make_convolve
 from nascompile.compiler.region.flags import ALWAYS, Flags
 from nascompile.compiler.region.ir import (
     Act,
+    Arrange,
     Cat,
     Channels,
     Conv,
@@ -26,7 +27,7 @@ from nascompile.compiler.region.ir import (
 from nascompile.compiler.region.memory import Buffer, Place
 from nascompile.compiler.region.packing import Packing
 from nascompile.compiler.region.settings import Settings
-from nascompile.compiler.region.storage import ConvOf, Stored, TermOf, scale_and_shift
+from nascompile.compiler.region.storage import ConvOf, Stored, TermOf, runs_of, scale_and_shift, starts_of
 from nascompile.compiler.region.tasks import Staged, Summed, Task
 from nascompile.kernels.plan.steps import (
     NONE,
@@ -74,19 +75,17 @@ class Forward(Packing):
                 self._combine(value)
         elif isinstance(op, Cat):
             self._concatenate(value)
-        elif isinstance(op, Channels):
-            self._pick(value, op)
+        elif isinstance(op, Channels | Arrange):
+            self._pick(value)
         elif isinstance(op, Crop):
             if any(not isinstance(user.op, Conv) for user in value.users) or value in self.outputs:
                 raise Unsupported("a crop is read by something else than a convolution")
-        elif isinstance(op, Zero) and (
-            value in self.outputs or any(not isinstance(u.op, Sum) for u in value.users)
-        ):
-            raise Unsupported("zeros are read by something else than a sum")
+        elif isinstance(op, Zero) and any(not isinstance(user.op, Sum) for user in value.users):
+            self._combine(value)
 
     def _load(self, value: Value, op: Source) -> None:
         place, number = self.place(value), self.tensor(("input", op.index))
-        strides, segments = self.settings.strides(value.shape), self.segments(value)
+        strides, segments = self.settings.strides(value.shape), value.layout.segments
         self._step(
             f"load input {op.index}",
             lambda _: Load(number, *strides, segments, place.map(), 0),
@@ -95,7 +94,7 @@ class Forward(Packing):
 
     def _store(self, index: int, value: Value) -> None:
         place, number = self.place(value), self.tensor(("output", index))
-        strides, segments = self.settings.strides(value.shape), self.segments(value)
+        strides, segments = self.settings.strides(value.shape), value.layout.segments
         self._step(
             f"store output {index}",
             lambda _: Store(number, *strides, segments, place.map()),
@@ -151,10 +150,10 @@ class Forward(Packing):
         one = ConvOf(value, source, staged, norm, crop, depthwise, dense, None, None, None)
         if depthwise is not None:
             one.depthwise_weights = self._pack_depthwise(
-                depthwise, staged.source.channels, self.segments(source), value
+                depthwise, staged.source.channels, source.layout.segments, value
             )
         if dense is not None:
-            outputs = self._padded(value.channels)
+            outputs = value.layout.padded
             one.weights, one.transposed = self._pack_dense(
                 dense, staged.source.channels, outputs, source, value
             )
@@ -209,7 +208,7 @@ class Forward(Packing):
         elements = self.settings.images * source.shape[1] * source.shape[2]
         if op.by_batch and elements == 1:
             raise Unsupported("a BatchNorm has one value per channel to train with")
-        segments = ((op.first, value.channels, 0),)
+        segments = value.layout.shifted(op.first)
         tensors = (
             *(self.optional(op.gamma), self.optional(op.beta)),
             self.optional(op.running_mean) if op.updates or not op.by_batch else NONE,
@@ -228,18 +227,18 @@ class Forward(Packing):
             self.flag(value),
         )
 
-    def _pick(self, value: Value, op: Channels) -> None:
-        source = value.inputs[0]
-        if any(logical != padded for logical, _, padded in self.segments(source)):
-            raise Unsupported(f"channels are chosen of {source.channels} that do not lie side by side")
-        x, y = self.place(source), self.place(value)
-        self._step(
-            f"pick {value.number}",
-            lambda _: Pick(x.map(), y.map(), op.first, op.step, 0, 1, op.count, 0),
-            reads=x.cells(),
-            writes=y.cells(),
-            flag=self.flag(value),
-        )
+    def _pick(self, value: Value) -> None:
+        source, flag = value.inputs[0], self.flag(value)
+        x, y, picked = self.place(source), self.place(value), runs_of(value)
+
+        def make(_: Any) -> tuple[Pick, ...]:
+            # the first clears what none of them writes
+            return tuple(
+                Pick(x.map(), y.map(), first, step, to, 1, count, int(number > 0), flag=flag)
+                for number, (first, step, to, count) in enumerate(picked)
+            )
+
+        self._step(f"pick {value.number}", make, reads=x.cells(), writes=y.cells(), flag=flag)
 
     def _moments_of(self, source: Value) -> int:
         """The sums of a map, made by whoever wrote it; of an input by a step of its own."""
@@ -259,15 +258,10 @@ class Forward(Packing):
 
     def _concatenate(self, value: Value) -> None:
         whole = self.place(value)
-        for part in value.inputs:
-            if part.channels % self.settings.lane and part is not value.inputs[-1]:
-                raise Unsupported(
-                    f"{part.channels} channels are concatenated, not a multiple of {self.settings.lane}"
-                )
-        for part, (_, _, first) in zip(value.inputs, self.segments(value), strict=True):
+        for part, first in zip(value.inputs, starts_of(value), strict=True):
             if self.parts.get(part) == (value, first):
                 continue
-            source, target = self.place(part), whole.part(first, self._padded(part.channels))
+            source, target = self.place(part), whole.part(first, part.layout.padded)
             self._step(
                 f"copy into {value.number}",
                 lambda _, s=source, t=target: Combine(

@@ -177,7 +177,7 @@ class Gradients:
         if value not in self._is_needed:
             return
         place, number = self._place(value), self.tensor(("grad output", index))
-        strides, segments = self.settings.strides(value.shape), self.forward.segments(value)
+        strides, segments = self.settings.strides(value.shape), value.layout.segments
         adds = int(self._has_begun(place))
         self._begun.update(place.cells())
         self._of[value].flags.append(ALWAYS)
@@ -267,12 +267,12 @@ class Gradients:
         at, flag = self._slots[part.weight][0][0], self.reached[part.weight]
         count, number = part.kernel[0] * part.kernel[1], self.tensor(("grad", part.weight))
         inputs, outputs = one.staged.source.channels, self.forward.place(value).channels
-        read = self.forward.segments(one.source)
+        read = one.source.layout.segments
         make: Any
         if part.is_depthwise:
             make = lambda: UnpackDepthwise(at, count, read, inputs, number, flag=flag)  # noqa: E731
         else:
-            written = self.forward.segments(value)
+            written = value.layout.segments
             make = lambda: UnpackDense(  # noqa: E731
                 at, count, read, written, inputs, outputs, number, flag=flag
             )

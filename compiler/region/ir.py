@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from nascompile.compiler.region.layout import Layout, joined, side_by_side
 from nascompile.kernels.plan.steps import Activation
 
 
@@ -97,7 +98,7 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class Act:
-    """ReLU or ReLU6."""
+    """An activation."""
 
     kind: Activation
 
@@ -131,6 +132,13 @@ class Channels:
 
 
 @dataclass(frozen=True, slots=True)
+class Arrange:
+    """The same image in another layout."""
+
+    layout: Layout
+
+
+@dataclass(frozen=True, slots=True)
 class Cat:
     """Concatenation of channels."""
 
@@ -155,18 +163,24 @@ class Sum:
     terms: tuple[TermInfo, ...]
 
 
-Op = Source | Conv | Norm | Act | PoolOp | Crop | Channels | Cat | Zero | Sum
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """image * gate, where the gate is an image of the same size or has one pixel."""
+
+
+Op = Source | Conv | Norm | Act | PoolOp | Crop | Channels | Arrange | Cat | Zero | Sum | Gate
 Shape = tuple[int, int, int]
 
 
 @dataclass(eq=False, slots=True)
 class Value:
-    """One image: (channels, height, width). `owners`: the decisions that ask for it, or None where it is
-    always computed."""
+    """One image: (channels, height, width), whose channels lie in its map as `layout` says. `owners`: the
+    decisions that ask for it, or None where it is always computed."""
 
     op: Op
     inputs: tuple[Value, ...]
     shape: Shape
+    layout: Layout
     number: int
     owners: set[Weight] | None = field(default_factory=set)
     users: list[Value] = field(default_factory=list)
@@ -177,13 +191,14 @@ class Value:
 
 
 class Graph:
-    """The values of a region in the order of their computation."""
+    """The values of a region in the order of their computation; channels are padded to a multiple of `lane`."""
 
     def __init__(
-        self, sources: Sequence[Shape], dtype: torch.dtype, device: str, *, shares: bool = True
+        self, sources: Sequence[Shape], dtype: torch.dtype, device: str, *, lane: int, shares: bool = True
     ) -> None:
-        self._shares = shares
+        self._shares, self._lane = shares, lane
         self.dtype, self.device = dtype, device
+        self._packed: dict[TensorRef, Layout] = {}
         self.values: list[Value] = []
         self._known: dict[object, Value] = {}
         self.outputs: list[Value] = []
@@ -192,11 +207,11 @@ class Graph:
     def add(self, op: Op, inputs: Iterable[Value], shape: Shape, owner: Weight | None) -> Value:
         """The value of `op`, a known one if there is an equal one. `owner`: the decision that asks, None:
         always."""
-        inputs = tuple(inputs)
+        inputs = self._arranged(op, tuple(inputs), owner)
         key = (op, shape, tuple(value.number for value in inputs))
         found = self._known.get(key) if self._shares else None
         if found is None:
-            found = Value(op, inputs, shape, len(self.values))
+            found = Value(op, inputs, shape, self._layout(op, inputs, shape), len(self.values))
             self.values.append(found)
             self._known[key] = found
             for value in inputs:
@@ -206,3 +221,33 @@ class Graph:
         elif found.owners is not None:
             found.owners.add(owner)
         return found
+
+    def _layout(self, op: Op, inputs: tuple[Value, ...], shape: Shape) -> Layout:
+        if isinstance(op, Arrange):
+            return op.layout
+        if isinstance(op, Cat):
+            return joined([value.layout for value in inputs])
+        keeps = isinstance(op, Norm | Act | PoolOp | Crop | Gate) or (isinstance(op, Conv) and op.is_depthwise)
+        if keeps:
+            return inputs[0].layout
+        summed = [value.layout for value in inputs if not isinstance(value.op, Zero)]
+        return summed[0] if isinstance(op, Sum) and summed else side_by_side(shape[0], self._lane)
+
+    def _arranged(self, op: Op, inputs: tuple[Value, ...], owner: Weight | None) -> tuple[Value, ...]:
+        """The inputs in layouts that suit one another, and the weights that other calls have packed."""
+        if isinstance(op, Conv):
+            return (self._arrange(inputs[0], self._packed.setdefault(op.weight, inputs[0].layout), owner),)
+        if isinstance(op, Gate):
+            return (inputs[0], self._arrange(inputs[1], inputs[0].layout, owner))
+        if isinstance(op, Sum) and len({x.layout for x in inputs if not isinstance(x.op, Zero)}) > 1:
+            target = side_by_side(inputs[0].channels, self._lane)
+            owners = [info.needs[0] if info.needs else owner for info in op.terms]
+            pairs = zip(inputs, owners, strict=True)
+            return tuple(
+                x if isinstance(x.op, Zero) else self._arrange(x, target, who) for x, who in pairs
+            )
+        return inputs
+
+    def _arrange(self, value: Value, layout: Layout, owner: Weight | None) -> Value:
+        same = value.layout == layout
+        return value if same else self.add(Arrange(layout), (value,), value.shape, owner)

@@ -125,9 +125,8 @@ def _norm(graph: Graph, module: Any, x: Value, owner: Weight | None) -> Value:
     by_batch = module.training or module.running_mean is None
     updates = module.training and module.track_running_stats and module.running_mean is not None
     momentum = -1.0 if module.momentum is None else float(module.momentum)
-    parts = x.inputs if isinstance(x.op, Cat) else (x,)
-    if len(parts) > 1 and momentum < 0 and updates:
-        raise Unsupported("a BatchNorm with a cumulative average follows a concatenation")
+    # the parts of a norm with a cumulative average would each need the counter
+    parts = x.inputs if isinstance(x.op, Cat) and not (momentum < 0 and updates) else (x,)
     done, first = [], 0
     for part in parts:
         op = Norm(*refs, by_batch, updates, module.eps, momentum, first)  # type: ignore[arg-type]

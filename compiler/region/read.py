@@ -29,7 +29,8 @@ def read(
 
     `is_weighted`: for every choice, whether its decision has weights or only selects. Raises Unsupported.
     """
-    graph = Graph(shapes, executor.dtype, executor.device, shares="share_values" not in without)
+    shares = "share_values" not in without
+    graph = Graph(shapes, executor.dtype, executor.device, lane=executor.lane(), shares=shares)
     env: Env = dict(zip(inputs, graph.sources, strict=True))
     for node in nodes:
         if isinstance(node.target, LoweredLayerChoice):

@@ -127,7 +127,7 @@ class Region:
             lane=executor.lane(),
             channels_last=is_channels_last(tensors),
             has_backward=wanted is not None,
-            borders=read_borders(graph, executor.lane()),
+            borders=read_borders(graph),
             slots=slots,
             without=self._without,
         )

@@ -15,10 +15,12 @@ from typing import Any
 from nascompile.compiler.region.flags import ALWAYS, Flags
 from nascompile.compiler.region.ir import (
     Act,
+    Arrange,
     Cat,
     Channels,
     Conv,
     Crop,
+    Gate,
     Graph,
     Norm,
     PoolOp,
@@ -27,13 +29,11 @@ from nascompile.compiler.region.ir import (
     Value,
     Weight,
 )
+from nascompile.compiler.region.layout import runs, starts
 from nascompile.compiler.region.memory import Buffer, Place, new_place
 from nascompile.compiler.region.settings import Settings
 from nascompile.compiler.region.tasks import Staged
 from nascompile.kernels.plan.steps import NONE, Activation
-
-Segments = tuple[tuple[int, int, int], ...]
-
 
 @dataclass(eq=False, slots=True)
 class TermOf:
@@ -157,35 +157,13 @@ class Storage:
         for cat in self.graph.values:
             if not isinstance(cat.op, Cat):
                 continue
-            first = 0
-            for part in cat.inputs:
+            for part, first in zip(cat.inputs, starts_of(cat), strict=True):
                 # a part that others read as well must be there whenever they are
                 alone = cat.owners is None or len(part.users) == 1
                 free = part not in parts and cat.inputs.count(part) == 1 and alone
-                if free and isinstance(part.op, Sum | Norm | Act | Conv | PoolOp | Channels):
+                if free and isinstance(part.op, Sum | Norm | Act | Conv | PoolOp | Channels | Arrange | Gate):
                     parts[part] = (cat, first)
-                first += self._padded(part.channels)
         return parts
-
-    def _padded(self, channels: int) -> int:
-        return -(-channels // self.settings.lane) * self.settings.lane
-
-    def segments(self, value: Value) -> Segments:
-        """Where the channels of a value lie in its map."""
-        if isinstance(value.op, Cat):
-            found, logical, padded = [], 0, 0
-            for part in value.inputs:
-                found.append((logical, part.channels, padded))
-                logical += part.channels
-                padded += self._padded(part.channels)
-            return tuple(found)
-        if isinstance(value.op, Act | Crop | Norm):
-            return (
-                self.segments(value.inputs[0])
-                if not isinstance(value.op, Norm)
-                else ((0, value.channels, 0),)
-            )
-        return ((0, value.channels, 0),)
 
     # ---- memory ----
 
@@ -197,10 +175,9 @@ class Storage:
 
     def new_map(self, value: Value, name: str) -> Place:
         """A map of the size of the value."""
-        channels = sum(self._padded(count) for _, count, _ in self.segments(value))
-        place = new_place(name, self.settings.images, channels, *value.shape[1:])
+        place = new_place(name, self.settings.images, value.layout.padded, *value.shape[1:])
         if isinstance(value.op, Cat):
-            place.buffer.borders = [padded for _, _, padded in self.segments(value)]
+            place.buffer.borders = starts_of(value)
         self.buffers.append(place.buffer)
         return place
 
@@ -209,7 +186,7 @@ class Storage:
         if value not in self.places:
             if value in self.parts:
                 cat, first = self.parts[value]
-                self.places[value] = self.place(cat).part(first, self._padded(value.channels))
+                self.places[value] = self.place(cat).part(first, value.layout.padded)
             else:
                 self.places[value] = self.new_map(value, f"v{value.number}")
         return self.places[value]
@@ -234,6 +211,18 @@ class Storage:
         if value.owners is None:
             return ALWAYS
         return self.flags.any_of(self.flags.chosen(owner) for owner in value.owners)
+
+
+def runs_of(value: Value) -> list[tuple[int, int, int, int]]:
+    """How the channels of a Channels or Arrange come from its input's; see layout.runs."""
+    op = value.op
+    first, step = (op.first, op.step) if isinstance(op, Channels) else (0, 1)
+    return list(runs(value.inputs[0].layout, value.layout, first, step))
+
+
+def starts_of(cat: Value) -> list[int]:
+    """The padded channels at which the parts of a concatenation begin."""
+    return starts([part.layout for part in cat.inputs])
 
 
 def _is_read_by_convolutions(value: Value) -> bool:
