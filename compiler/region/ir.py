@@ -209,7 +209,9 @@ class Graph:
         always."""
         inputs = self._arranged(op, tuple(inputs), owner)
         key = (op, shape, tuple(value.number for value in inputs))
-        found = self._known.get(key) if self._shares else None
+        # a norm that is called twice updates its statistics twice
+        shares = self._shares and not (isinstance(op, Norm) and op.updates)
+        found = self._known.get(key) if shares else None
         if found is None:
             found = Value(op, inputs, shape, self._layout(op, inputs, shape), len(self.values))
             self.values.append(found)

@@ -12,7 +12,8 @@ import nascompile
 from nascompile.mutables import InputChoice, LayerChoice
 from tests import numerics
 from tests.comparing import Decided, assert_close, assert_same, step
-from tests.compiler.region_models import CASES, Case, SepConv, Unit
+from tests.compiler import region_layouts, region_models
+from tests.compiler.region_models import Case, SepConv, Unit
 from tests.compiler.region_steps import (
     assert_regions,
     assert_rounds_closer,
@@ -25,6 +26,7 @@ from tests.kernels.plan_memory import instruction_set
 
 __all__ = ["instruction_set"]
 
+CASES = (*region_models.CASES, *region_layouts.CASES)
 BY_NAME: Any = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
