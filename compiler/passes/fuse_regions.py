@@ -7,28 +7,21 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
 from nascompile.compiler.candidates import Candidate, read_once
 from nascompile.compiler.codegen import as_function, graph_module
 from nascompile.compiler.groups import find_groups
-from nascompile.compiler.guards import HOOKS, Guards
-from nascompile.compiler.inplace import base_of, changed_values, is_in_place
+from nascompile.compiler.guards import HOOKS, Guards, attribute
+from nascompile.compiler.inplace import base_of, changed_values, is_in_place, is_view
 from nascompile.compiler.lower import LoweredChoice, LoweredInputChoice, LoweredLayerChoice
 from nascompile.compiler.passes.fuse_weighted_sums import fuse_weighted_sums
 from nascompile.compiler.passes.share_prefixes import share_prefixes
+from nascompile.compiler.region.functions import why_not_function
 from nascompile.compiler.region.ir import Unsupported
-from nascompile.compiler.region.operations import CONFIGURATION, kind_of
+from nascompile.compiler.region.operations import kind_of, settings_of
 from nascompile.compiler.region.region import Region
 from nascompile.compiler.region.rewrites import REWRITES
-
-_FUNCTIONS = frozenset(
-    (F.relu, F.relu6, torch.relu, torch.cat, operator.add, torch.add, operator.getitem, torch.zeros_like)
-)
-_METHODS = frozenset(("relu", "add"))
-_WORKERS = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d)
 
 
 def fuse_regions(gm: fx.GraphModule) -> int:
@@ -68,6 +61,13 @@ class _Reader:
             self.supported[node] = reason is None
             if reason and isinstance(node.target, LoweredChoice):
                 gm.meta.setdefault("outside", {})[node.target.path] = reason
+            if reason and node.op == "call_module":
+                self._count_on_settings(gm.get_submodule(str(node.target)))
+
+    def _count_on_settings(self, module: nn.Module) -> None:
+        """Look again when the settings change for which a module stays outside."""
+        for name in settings_of(module):
+            self.gm.meta["guards"].saw(module, name, attribute(module, name))
 
     def _why_not(self, node: fx.Node) -> str | None:
         if isinstance(node.target, LoweredLayerChoice):
@@ -118,7 +118,11 @@ class _Reader:
             steps = [step for step in candidate.graph.nodes if step.op not in ("placeholder", "output")]
             reasons = (why_not_operation(inside, step) for step in steps)
             self._reasons[id(candidate)] = next((reason for reason in reasons if reason), None)
-        return self._reasons[id(candidate)]
+        reason = self._reasons[id(candidate)]
+        for step in candidate.graph.nodes if reason else ():
+            if step.op == "call_module":
+                self._count_on_settings(_Inside(module).get_submodule(str(step.target)))
+        return reason
 
     def _why_not_input_choice(self, node: fx.Node) -> str | None:
         reason = _why_not_choice(node.target.choice)  # type: ignore[union-attr]
@@ -158,33 +162,26 @@ class _Inside:
 
 def why_not_operation(gm: Any, node: fx.Node) -> str | None:
     """Why a module, function or method cannot be part of a region, or None."""
-    if is_in_place(gm, node):
-        changed = node.args[0] if node.args else None
-        own = isinstance(changed, fx.Node) and changed.op != "placeholder" and len(changed.users) == 1
-        if not own:
-            return f"{node.name} changes a value in place that others see"
+    if is_in_place(gm, node) and not _changes_its_own(gm, node):
+        return f"{node.name} changes a value in place that others see"
     if node.op == "call_module":
+        arg = node.args[0] if len(node.args) == 1 and not node.kwargs else None
+        if not isinstance(arg, fx.Node) or arg.op == "get_attr":
+            return f"{node.name} does not take one image"
         try:
             kind_of(gm.get_submodule(str(node.target)))
         except Unsupported as reason:
             return str(reason)
         return None
-    if node.op == "call_function" and node.target is operator.getitem:
-        return _why_not_crop(node)
-    if node.op == "call_function" and node.target in _FUNCTIONS:
-        return None
-    if node.op == "call_method" and node.target in _METHODS:
-        return None
-    return f"{node.name} ({node.target}) is not understood by regions"
+    return why_not_function(node)
 
 
-def _why_not_crop(node: fx.Node) -> str | None:
-    index = node.args[1]
-    if isinstance(index, tuple) and index and index[0] == slice(None, None, None):
-        return None
-    if all(user.target is torch.zeros_like for user in node.users):
-        return None
-    return f"{node.name} takes some samples only"
+def _changes_its_own(gm: Any, node: fx.Node) -> bool:
+    """Whether an operation in place changes a value that nobody else sees."""
+    changed = node.args[0] if node.args else None
+    if not isinstance(changed, fx.Node) or changed.op == "placeholder" or len(changed.users) != 1:
+        return False
+    return node.op == "call_module" or not is_view(gm, changed) or _changes_its_own(gm, changed)
 
 
 def _depths(gm: fx.GraphModule, reader: _Reader) -> dict[fx.Node, int]:
@@ -333,7 +330,7 @@ class _Expected:
     __slots__ = ("_attributes", "_get", "_parameters", "_present", "_values")
 
     def __init__(self, module: nn.Module) -> None:
-        names = [name for name in CONFIGURATION[kind_of(module)] if name in module.__dict__]
+        names = [name for name in settings_of(module) if name in module.__dict__]
         self._attributes = module.__dict__
         self._get = operator.itemgetter(*names, *HOOKS)
         self._values = tuple(

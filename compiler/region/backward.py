@@ -23,19 +23,33 @@ from nascompile.compiler.region.ir import (
     Cat,
     Channels,
     Conv,
+    Crop,
+    Gate,
     Norm,
+    Pad,
     PoolOp,
     Source,
     Value,
 )
 from nascompile.compiler.region.memory import Buffer, Place
-from nascompile.compiler.region.storage import ConvOf, Stored, TermOf, runs_of, scale_and_shift, starts_of
+from nascompile.compiler.region.storage import (
+    ConvOf,
+    Stored,
+    TermOf,
+    runs_of,
+    scale_and_shift,
+    starts_of,
+    windows_of,
+)
 from nascompile.compiler.region.tasks import Gather, Summed
 from nascompile.kernels.plan.steps import (
+    MASKS,
     NONE,
     Activation,
+    Combine,
     ConvolveBackward,
     DecisionGradient,
+    GateGradient,
     Map,
     Mask,
     NormaliseBackward,
@@ -44,8 +58,10 @@ from nascompile.kernels.plan.steps import (
     Reduce,
     Store,
     Term,
+    Unstage,
     Upstream,
 )
+from nascompile.kernels.plan.steps import Gate as GateStep
 
 
 class Backward(Gradients):
@@ -75,6 +91,10 @@ class Backward(Gradients):
             self._pool(value, op)
         elif isinstance(op, Channels | Arrange):
             self._pick(value)
+        elif isinstance(op, Crop | Pad) and not self.forward.is_read_in_place(value):
+            self._cut(value)
+        elif isinstance(op, Gate):
+            self._gate(value)
         elif isinstance(op, Source):
             self._source(value, op)
 
@@ -110,15 +130,10 @@ class Backward(Gradients):
         if place is None:
             return
         flag = self._flag(value)
-        if stored.activation != Activation.none:
-            out = self.forward.place(value)
-            self._step(
-                f"mask {value.number}",
-                lambda _: Mask(place.map(), out.map(), stored.activation),
-                reads=out.cells(),
-                writes=place.cells(),
-                flag=flag,
-            )
+        if stored.activation in MASKS:
+            self._mask(value, place, stored.activation, flag)
+        elif stored.activation != Activation.none:
+            self._unstage(value, place, stored, flag)
         terms = [t for t in stored.terms if self._matters(t)]
         sums = self._reduce(value, place, terms, flag)
         for term in terms:
@@ -130,6 +145,31 @@ class Backward(Gradients):
                 self._of[term.value].flags.append(term_flag)
             if self.wanted.decision and term.weight is not None:
                 self._decision(term, place.channels, sums, term_flag)
+
+    def _mask(self, value: Value, place: Place, activation: Activation, flag: int) -> None:
+        out = self.forward.place(value)
+        self._step(
+            f"mask {value.number}",
+            lambda _: Mask(place.map(), out.map(), activation),
+            reads=out.cells(),
+            writes=place.cells(),
+            flag=flag,
+        )
+
+    def _unstage(self, value: Value, place: Place, stored: Stored, flag: int) -> None:
+        """The gradient of what an activation was applied to, in place of its output's."""
+        (term,) = stored.terms
+        source, vectors = self.forward.place(term.value), (term.coefficient, stored.constant)
+        self._step(
+            f"unstage {value.number}",
+            lambda _: Unstage(
+                *(place.map(), source.map(), offset(vectors[0]), offset(vectors[1])),
+                *(stored.activation, place.map(), 0, NONE),
+            ),
+            reads=(*source.cells(), *(vector for vector in vectors if vector is not None)),
+            writes=place.cells(),
+            flag=flag,
+        )
 
     def _matters(self, term: TermOf) -> bool:
         weighted = self.wanted.decision and term.weight is not None
@@ -270,6 +310,58 @@ class Backward(Gradients):
                     for first, step, at, count in picked
                 ),
                 reads=place.cells(),
+                writes=target.cells(),
+                flag=flag,
+            )
+
+        self._of[source].direct.append(create)
+        self._of[source].flags.append(flag)
+
+    def _cut(self, value: Value) -> None:
+        source, flag, place = value.inputs[0], self._flag(value), self._stored_gradient(value)
+        if place is None:
+            return
+
+        def create(target: Place) -> None:
+            written, read = windows_of(value, target, place)
+            self._step(
+                f"cut backward {value.number}",
+                lambda _: Combine(
+                    (Term(read.map(), NONE, NONE),), NONE, Activation.none, written.map(), 1, NONE
+                ),
+                reads=place.cells(),
+                writes=target.cells(),
+                flag=flag,
+            )
+
+        self._of[source].direct.append(create)
+        self._of[source].flags.append(flag)
+
+    def _gate(self, value: Value) -> None:
+        image, gate = value.inputs
+        flag, place = self._flag(value), self._stored_gradient(value)
+        if place is None:
+            return
+        is_single = gate.shape != image.shape
+        for source, other in ((image, gate), (gate, image)):
+            if source in self._is_needed:
+                summed = is_single and source is gate
+                self._gate_side(value, place, source, self.forward.place(other), flag, summed=summed)
+
+    def _gate_side(
+        self, value: Value, place: Place, source: Value, other: Place, flag: int, *, summed: bool
+    ) -> None:
+        """The gradient of one factor: the product's times the other, summed over pixels for a gate of one."""
+
+        def create(target: Place) -> None:
+            self._step(
+                f"gate backward {value.number}",
+                lambda _: (
+                    GateGradient(place.map(), other.map(), target.map())
+                    if summed
+                    else GateStep(place.map(), other.map(), target.map(), 1, NONE)
+                ),
+                reads=(*place.cells(), *other.cells()),
                 writes=target.cells(),
                 flag=flag,
             )

@@ -14,8 +14,10 @@ from nascompile.compiler.region.ir import (
     Channels,
     Conv,
     Crop,
+    Gate,
     Graph,
     Norm,
+    Pad,
     PoolOp,
     Source,
     Sum,
@@ -27,7 +29,15 @@ from nascompile.compiler.region.ir import (
 from nascompile.compiler.region.memory import Buffer, Place
 from nascompile.compiler.region.packing import Packing
 from nascompile.compiler.region.settings import Settings
-from nascompile.compiler.region.storage import ConvOf, Stored, TermOf, runs_of, scale_and_shift, starts_of
+from nascompile.compiler.region.storage import (
+    ConvOf,
+    Stored,
+    TermOf,
+    runs_of,
+    scale_and_shift,
+    starts_of,
+    windows_of,
+)
 from nascompile.compiler.region.tasks import Staged, Summed, Task
 from nascompile.kernels.plan.steps import (
     NONE,
@@ -42,6 +52,7 @@ from nascompile.kernels.plan.steps import (
     Term,
     Weighted,
 )
+from nascompile.kernels.plan.steps import Gate as GateStep
 
 
 class Forward(Packing):
@@ -77,9 +88,11 @@ class Forward(Packing):
             self._concatenate(value)
         elif isinstance(op, Channels | Arrange):
             self._pick(value)
-        elif isinstance(op, Crop):
-            if any(not isinstance(user.op, Conv) for user in value.users) or value in self.outputs:
-                raise Unsupported("a crop is read by something else than a convolution")
+        elif isinstance(op, Crop | Pad):
+            if not self.is_read_in_place(value):
+                self._cut(value)
+        elif isinstance(op, Gate):
+            self._gate(value)
         elif isinstance(op, Zero) and any(not isinstance(user.op, Sum) for user in value.users):
             self._combine(value)
 
@@ -120,7 +133,8 @@ class Forward(Packing):
         """What a convolution that reads `value` really reads: the stored value, how, its normalisation, the
         crop."""
         crop, activation, norm = (0, 0), Activation.none, None
-        if isinstance(value.op, Crop):
+        if self.is_read_in_place(value):
+            assert isinstance(value.op, Crop)
             crop, value = (value.op.top, value.op.left), value.inputs[0]
         if self.is_staged_act(value):
             assert isinstance(value.op, Act)
@@ -239,6 +253,32 @@ class Forward(Packing):
             )
 
         self._step(f"pick {value.number}", make, reads=x.cells(), writes=y.cells(), flag=flag)
+
+    def _cut(self, value: Value) -> None:
+        """Copy a crop, or an image into the middle of a larger one."""
+        source, flag = value.inputs[0], self.flag(value)
+        x, y = self.place(source), self.place(value)
+        read, written = windows_of(value, x, y)
+
+        def make(_: Any) -> tuple[Combine, ...]:
+            terms = (Term(read.map(), NONE, NONE),)
+            copy = Combine(terms, NONE, Activation.none, written.map(), 0, NONE, flag=flag)
+            clear = Combine((), NONE, Activation.none, y.map(), 0, NONE, flag=flag)
+            return (clear, copy) if isinstance(value.op, Pad) else (copy,)
+
+        self._step(f"cut {value.number}", make, reads=x.cells(), writes=y.cells(), flag=flag)
+
+    def _gate(self, value: Value) -> None:
+        image, gate = (self.place(x) for x in value.inputs)
+        place = self.place(value)
+        moments, sums = self._new_moments(value, place)
+        self._step(
+            f"gate {value.number}",
+            lambda _: GateStep(image.map(), gate.map(), place.map(), 0, moments),
+            reads=(*image.cells(), *gate.cells()),
+            writes=(*place.cells(), *sums),
+            flag=self.flag(value),
+        )
 
     def _moments_of(self, source: Value) -> int:
         """The sums of a map, made by whoever wrote it; of an input by a step of its own."""

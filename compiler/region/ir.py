@@ -116,7 +116,17 @@ class PoolOp:
 
 @dataclass(frozen=True, slots=True)
 class Crop:
-    """x[:, :, top:, left:]."""
+    """x[:, :, top::down, left::right], as far as the shape says."""
+
+    top: int
+    left: int
+    down: int
+    right: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pad:
+    """Zeros around an image: so many rows above and columns on its left, the others as the shape says."""
 
     top: int
     left: int
@@ -168,7 +178,7 @@ class Gate:
     """image * gate, where the gate is an image of the same size or has one pixel."""
 
 
-Op = Source | Conv | Norm | Act | PoolOp | Crop | Channels | Arrange | Cat | Zero | Sum | Gate
+Op = Source | Conv | Norm | Act | PoolOp | Crop | Pad | Channels | Arrange | Cat | Zero | Sum | Gate
 Shape = tuple[int, int, int]
 
 
@@ -191,7 +201,8 @@ class Value:
 
 
 class Graph:
-    """The values of a region in the order of their computation; channels are padded to a multiple of `lane`."""
+    """The values of a region in the order of their computation; `lane`: channels are padded to a multiple of
+    it."""
 
     def __init__(
         self, sources: Sequence[Shape], dtype: torch.dtype, device: str, *, lane: int, shares: bool = True
@@ -229,7 +240,9 @@ class Graph:
             return op.layout
         if isinstance(op, Cat):
             return joined([value.layout for value in inputs])
-        keeps = isinstance(op, Norm | Act | PoolOp | Crop | Gate) or (isinstance(op, Conv) and op.is_depthwise)
+        keeps = isinstance(op, Norm | Act | PoolOp | Crop | Pad | Gate) or (
+            isinstance(op, Conv) and op.is_depthwise
+        )
         if keeps:
             return inputs[0].layout
         summed = [value.layout for value in inputs if not isinstance(value.op, Zero)]
@@ -245,9 +258,7 @@ class Graph:
             target = side_by_side(inputs[0].channels, self._lane)
             owners = [info.needs[0] if info.needs else owner for info in op.terms]
             pairs = zip(inputs, owners, strict=True)
-            return tuple(
-                x if isinstance(x.op, Zero) else self._arrange(x, target, who) for x, who in pairs
-            )
+            return tuple(x if isinstance(x.op, Zero) else self._arrange(x, target, who) for x, who in pairs)
         return inputs
 
     def _arrange(self, value: Value, layout: Layout, owner: Weight | None) -> Value:

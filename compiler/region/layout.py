@@ -1,4 +1,5 @@
-"""Where the channels of an image lie in its map: whole vectors, with gaps where concatenated parts end inside one."""
+"""Where the channels of an image lie in its map: in whole vectors, with gaps where concatenated parts end
+inside one."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 Segments = tuple[tuple[int, int, int], ...]
-"""(first channel, how many, first padded channel), in order; those that follow one another without a gap are one."""
+"""(first channel, how many, first padded channel), in order; those without a gap between them are one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +53,10 @@ def starts(parts: Sequence[Layout]) -> list[int]:
 
 
 def runs(source: Layout, target: Layout, first: int, step: int) -> Iterator[tuple[int, int, int, int]]:
-    """(first source, step, first target, count), padded: how channels first, first + step, ... of `source` come to
-    `target`, in runs of equal steps."""
+    """How channels first, first + step, ... of `source` come to `target`, in runs of equal steps.
+
+    Each is (first source, step, first target, count), in padded channels.
+    """
     to = target.places()
     chosen = source.places()[first::step][: len(to)]
     begin = 0

@@ -10,8 +10,9 @@ from torch import fx, nn
 from nascompile.compiler.candidates import Candidate
 from nascompile.compiler.lower import LoweredChoice, LoweredInputChoice, LoweredLayerChoice
 from nascompile.compiler.region.executors import Executor
+from nascompile.compiler.region.functions import Env, apply_function
 from nascompile.compiler.region.ir import Graph, Shape, Sum, TermInfo, Unsupported, Value, Weight, Zero
-from nascompile.compiler.region.operations import Env, apply_function, apply_module
+from nascompile.compiler.region.operations import apply_module
 
 
 def read(

@@ -23,6 +23,7 @@ from nascompile.compiler.region.ir import (
     Gate,
     Graph,
     Norm,
+    Pad,
     PoolOp,
     Sum,
     TensorRef,
@@ -33,7 +34,8 @@ from nascompile.compiler.region.layout import runs, starts
 from nascompile.compiler.region.memory import Buffer, Place, new_place
 from nascompile.compiler.region.settings import Settings
 from nascompile.compiler.region.tasks import Staged
-from nascompile.kernels.plan.steps import NONE, Activation
+from nascompile.kernels.plan.steps import MASKS, NONE, Activation
+
 
 @dataclass(eq=False, slots=True)
 class TermOf:
@@ -125,7 +127,17 @@ class Storage:
             return False
         if "stage_activations" in self.settings.without:
             return False
-        return all(_is_read_by_convolutions(user) for user in value.users)
+        return all(isinstance(user.op, Conv) or self.is_read_in_place(user) for user in value.users)
+
+    def is_read_in_place(self, value: Value) -> bool:
+        """Whether convolutions read a crop where the image lies: none of them adds zeros around it."""
+        op = value.op
+        if not isinstance(op, Crop) or value in self.outputs or not value.users:
+            return False
+        whole = value.inputs[0].shape[1:]
+        reaches = (op.top + value.shape[1], op.left + value.shape[2]) == whole
+        plain = reaches and (op.down, op.right) == (1, 1)
+        return plain and all(isinstance(u.op, Conv) and u.op.padding == (0, 0) for u in value.users)
 
     def is_merged_sum(self, value: Value) -> bool:
         """Whether a sum is part of the one sum that reads it."""
@@ -135,7 +147,8 @@ class Storage:
             return False
         user = value.users[0]
         if isinstance(user.op, Act):
-            return not self.is_staged_act(user)
+            # without a mask the derivative is that of the sum, which has to be stored
+            return user.op.kind in MASKS and not self.is_staged_act(user)
         if not isinstance(user.op, Sum) or user.inputs.count(value) > 1:
             return False
         return user.op.terms[user.inputs.index(value)].weight is None
@@ -220,12 +233,15 @@ def runs_of(value: Value) -> list[tuple[int, int, int, int]]:
     return list(runs(value.inputs[0].layout, value.layout, first, step))
 
 
+def windows_of(value: Value, x: Place, y: Place) -> tuple[Place, Place]:
+    """The pixels of x that a Crop or Pad copies, and where they lie in y, its own map."""
+    if isinstance(value.op, Pad):
+        return x, y.window(value.op.top, value.op.left, (1, 1), (x.height, x.width))
+    assert isinstance(value.op, Crop)
+    steps = (value.op.down, value.op.right)
+    return x.window(value.op.top, value.op.left, steps, (y.height, y.width)), y
+
+
 def starts_of(cat: Value) -> list[int]:
     """The padded channels at which the parts of a concatenation begin."""
     return starts([part.layout for part in cat.inputs])
-
-
-def _is_read_by_convolutions(value: Value) -> bool:
-    if isinstance(value.op, Crop):
-        return all(isinstance(user.op, Conv) for user in value.users)
-    return isinstance(value.op, Conv)

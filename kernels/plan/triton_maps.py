@@ -9,16 +9,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from nascompile.kernels.plan.triton_activations import activate, hand_back, passes
 from nascompile.kernels.plan.triton_common import (
     MAP,
     TERM,
-    activate,
     base_of,
     channels_of,
     is_on,
     logical_of,
     partial,
-    passes,
     pixels_of,
     read,
     record_of,
@@ -247,7 +246,7 @@ def unstage_kernel(
     value = read(slab_ptr, base_of(slab_ptr, work_ptr, source, n, y, x), channel, needed)
     scale = vector(slab_ptr, tl.load(step + 17), channel, 1.0)[None, :]
     shift = vector(slab_ptr, tl.load(step + 18), channel, 0.0)[None, :]
-    g = tl.where(passes(value * scale + shift, activation), g, 0.0)
+    g = hand_back(g, value * scale + shift, activation)
     base = base_of(slab_ptr, work_ptr, target, n, y, x)
     before = read(slab_ptr, base, channel, inside & (tl.load(step + 28) != 0))
     write(slab_ptr, base, channel, before + g, inside)

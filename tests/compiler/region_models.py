@@ -258,7 +258,7 @@ class Around(nn.Module):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8))
         self.one = LayerChoice([Unit("acb", 8), SepConv(8, 3)])
-        self.gate = nn.GELU()
+        self.gate = nn.Mish()
         self.two = LayerChoice([Unit("acb", 8), SepConv(8, 3)])
         self.head = nn.Linear(8, 4)
 
@@ -373,15 +373,16 @@ CASES = (
     Case("stem", lambda: Single([Unit("acb", 16), SepConv(16, 3)], nn.Conv2d(3, 16, 3, 2, 1, bias=False)),
          ((3, 9, 9),), 1),
     Case("dropout in training", lambda: Cell(lambda: [nn.Sequential(Unit("acb", 8), nn.Dropout(0.2)),
-         SepConv(8, 3)]), evaluated=True, op_by_op="dropout is random"),
+         SepConv(8, 3)]), regions=0, evaluated=True, outside="dropout is random"),
     Case("concatenated thirds", lambda: Concatenated(5), ((5, 5, 4),)),
-    Case("grouped", lambda: Cell(lambda: [Unit("acb", 8, groups=2), SepConv(8, 3)]), op_by_op="2 groups"),
+    Case("grouped", lambda: Cell(lambda: [Unit("acb", 8, groups=2), SepConv(8, 3)]), regions=0,
+         outside="2 groups"),
     Case("reflected", lambda: Cell(lambda: [Unit("acb", 8, padding_mode="reflect"), SepConv(8, 3)]),
-         op_by_op="pads with"),
+         regions=0, outside="pads with"),
     Case("times zero", lambda: Cell(lambda: [TimesZero(), Unit("acb", 8)]), regions=0, outside="mul"),
     Case("drop path", lambda: Cell(lambda: [DropPath(Unit("acb", 8)), SepConv(8, 3)]), regions=0,
          evaluated=True, outside="not understood"),
-    Case("not understood", lambda: Cell(lambda: [nn.GELU(), Unit("acb", 8)]), regions=0, outside="GELU"),
+    Case("not understood", lambda: Cell(lambda: [nn.Mish(), Unit("acb", 8)]), regions=0, outside="Mish"),
     Case("mergeable", lambda: Cell(lambda: [nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, padding=1)]), regions=0,
          outside="merged into one convolution"),
     *(_sized(*size) for size in ((3, 7, 5, 3), (5, 1, 1, 3), (12, 13, 3, 1), (16, 4, 4, 3), (24, 5, 5, 1),

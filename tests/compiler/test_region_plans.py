@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nascompile.compiler.region import execution, region
 from tests.comparing import EXACT, assert_close, assert_same, step
-from tests.compiler import region_layouts
+from tests.compiler import region_layouts, region_patterns
 from tests.compiler.region_models import CASES, Case
 from tests.compiler.region_pairs import NET, Pair
 from tests.compiler.region_simulation import overlaps, simulated
@@ -27,7 +27,8 @@ from tests.compiler.region_steps import (
     train,
 )
 
-PLANNED = [case for case in (*CASES, *region_layouts.CASES) if case.regions == 1 and case.op_by_op is None]
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+PLANNED = [case for case in (*CASES, *region_layouts.CASES, *region_patterns.CASES) if case.regions == 1 and case.op_by_op is None]
 SEVERAL = [
     case
     for case in PLANNED
@@ -35,7 +36,7 @@ SEVERAL = [
     in ("orders", "stride 2, odd sizes", "darts", "kernels of 5 channels", "inputs", "concatenated")
 ]
 SEVERAL += [case for case in PLANNED if case.name in ("several inputs and outputs", "mobile", "shared keys")]
-SEVERAL += [*region_layouts.CASES]
+SEVERAL += [*region_layouts.CASES, *region_patterns.CASES]
 
 
 @pytest.fixture(autouse=True)
