@@ -17,6 +17,7 @@ from nascompile.kernels.plan import barriers_reference
 from nascompile.kernels.plan.program import Program
 from nascompile.kernels.plan.state import State
 from nascompile.kernels.plan.steps import (
+    MASKS,
     NONE,
     Activation,
     Combine,
@@ -108,9 +109,12 @@ def _activate(value: Tensor, activation: Activation) -> Tensor:
 
 
 def _hand_back(gradient: Tensor, value: Tensor, activation: Activation) -> Tensor:
-    """The gradient times the activation's derivative, by autograd."""
+    """The gradient times the activation's derivative: that of MASKS is one or zero, others are up to autograd."""
     if activation == Activation.none:
         return gradient
+    if activation in MASKS:
+        stops = (value <= 0) | ((value >= 6) & (activation == Activation.relu6))
+        return torch.where(stops, 0, gradient)
     with torch.enable_grad():
         value = value.detach().requires_grad_()
         return torch.autograd.grad(ACTIVATIONS[activation](value), value, gradient)[0]

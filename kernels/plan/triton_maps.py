@@ -171,7 +171,7 @@ def combine_kernel(
         channel,
         zero,
     )
-    total = activate(total, tl.load(step + 12))
+    total = tl.where(inside[:, None], activate(total, tl.load(step + 12)), 0.0)
     base = base_of(slab_ptr, work_ptr, target, n, y, x)
     total += read(slab_ptr, base, channel, inside & (tl.load(step + 13) != 0))
     write(slab_ptr, base, channel, total, inside)

@@ -17,6 +17,8 @@ from nascompile.kernels.plan.steps import (
     NONE,
     Activation,
     Combine,
+    Gate,
+    GateGradient,
     Load,
     Mask,
     Pick,
@@ -90,6 +92,22 @@ def test_mask():
         Mask(gradient, value, Activation.relu),
         Mask(other, value, Activation.relu6),
         Mask(other, value, Activation.relu, memory.flag(0)),
+    )
+
+
+@pytest.mark.parametrize("size", [(7, 8), (1, 1)])
+def test_gate_and_back(size):
+    memory = Memory(images=2)
+    image, other = memory.filled(32, size, pixel=48), memory.filled(32, size)
+    single, target, gradient = memory.filled(32, (1, 1)), memory.filled(32, size), memory.filled(32, (1, 1))
+    off, first, second = memory.flag(0), memory.summed(64), memory.summed(64)
+    compare_steps(
+        memory,
+        Gate(image, single, target, 0, first),
+        Gate(image, other, target, 1, second),
+        GateGradient(target, image, gradient),
+        Gate(image, single, target, 0, NONE, off),
+        GateGradient(target, image, gradient, off),
     )
 
 
