@@ -1,7 +1,7 @@
 """The functions and methods that a region understands, as operations on images, in one table.
 
-What the arguments say is checked before a region is made (`why_not_function`), so that an operation that is not
-understood splits the region; what depends on sizes is found when a plan is made.
+What the arguments say is checked before a region is made (`why_not_function`), so that an operation that is
+not understood splits the region; what depends on sizes is found when a plan is made.
 """
 
 from __future__ import annotations

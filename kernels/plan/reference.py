@@ -109,7 +109,7 @@ def _activate(value: Tensor, activation: Activation) -> Tensor:
 
 
 def _hand_back(gradient: Tensor, value: Tensor, activation: Activation) -> Tensor:
-    """The gradient times the activation's derivative: that of MASKS is one or zero, others are up to autograd."""
+    """The gradient times the activation's derivative; but for MASKS that is autograd's."""
     if activation == Activation.none:
         return gradient
     if activation in MASKS:

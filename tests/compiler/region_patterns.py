@@ -104,10 +104,11 @@ class MobileBlock(nn.Module):
 
 
 def _mobiles(channels: int, stride: int = 1) -> list[Any]:
-    ways = (("norm", nn.ReLU), ("mean", lambda: nn.Hardswish(True)), ("functional", lambda: nn.SiLU(True)), ("torch", nn.ReLU6))
     return [
-        MobileBlock(channels, 3 + 2 * (number % 2), act, how, stride)
-        for number, (how, act) in enumerate(ways)
+        MobileBlock(channels, 3, nn.ReLU, "norm", stride),
+        MobileBlock(channels, 5, lambda: nn.Hardswish(inplace=True), "mean", stride),
+        MobileBlock(channels, 3, lambda: nn.SiLU(inplace=True), "functional", stride),
+        MobileBlock(channels, 5, nn.ReLU6, "torch", stride),
     ]
 
 

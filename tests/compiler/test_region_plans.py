@@ -28,7 +28,8 @@ from tests.compiler.region_steps import (
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
-PLANNED = [case for case in (*CASES, *region_layouts.CASES, *region_patterns.CASES) if case.regions == 1 and case.op_by_op is None]
+MORE = [*region_layouts.CASES, *region_patterns.CASES]
+PLANNED = [case for case in (*CASES, *MORE) if case.regions == 1 and case.op_by_op is None]
 SEVERAL = [
     case
     for case in PLANNED
@@ -36,7 +37,7 @@ SEVERAL = [
     in ("orders", "stride 2, odd sizes", "darts", "kernels of 5 channels", "inputs", "concatenated")
 ]
 SEVERAL += [case for case in PLANNED if case.name in ("several inputs and outputs", "mobile", "shared keys")]
-SEVERAL += [*region_layouts.CASES, *region_patterns.CASES]
+SEVERAL += MORE
 
 
 @pytest.fixture(autouse=True)
