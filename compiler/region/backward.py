@@ -29,6 +29,7 @@ from nascompile.compiler.region.ir import (
     Pad,
     PoolOp,
     Source,
+    Spread,
     Value,
 )
 from nascompile.compiler.region.memory import Buffer, Place
@@ -78,7 +79,7 @@ class Backward(MapGradients):
             self._conv(value, self.forward.convs[value])
         elif isinstance(op, PoolOp):
             self._pool(value, op)
-        elif isinstance(op, Channels | Arrange):
+        elif isinstance(op, Channels | Arrange | Spread):
             self._pick(value)
         elif isinstance(op, Crop | Pad) and not self.forward.is_read_in_place(value):
             self._cut(value)

@@ -18,6 +18,7 @@ from nascompile.compiler.region.ir import (
     Pad,
     PoolOp,
     Source,
+    Spread,
     Sum,
     Unsupported,
     Value,
@@ -75,7 +76,7 @@ class Forward(MapTasks):
                 self._combine(value)
         elif isinstance(op, Cat):
             self._concatenate(value)
-        elif isinstance(op, Channels | Arrange):
+        elif isinstance(op, Channels | Arrange | Spread):
             self._pick(value)
         elif isinstance(op, Crop | Pad):
             if not self.is_read_in_place(value):

@@ -15,6 +15,7 @@ from nascompile.compiler.region.ir import (
     Pad,
     PoolOp,
     Shape,
+    Spread,
     Sum,
     TermInfo,
     Unsupported,
@@ -36,13 +37,21 @@ def added(graph: Graph, values: Sequence[Value], owner: Weight | None) -> Value:
     return graph.add(Sum(terms), values, values[0].shape, owner)
 
 
-def multiplied(graph: Graph, image: Value, gate: Value, owner: Weight | None) -> Value:
-    """The product of images of one shape, or of an image and one number a channel."""
-    if image.shape[1:] == (1, 1):
-        image, gate = gate, image
+def multiplied(graph: Graph, one: Value, other: Value, owner: Weight | None) -> Value:
+    """The product of two images, either of which may have one channel or one pixel for all."""
+    if 1 in (one.channels, other.channels):
+        one, other = _spread(graph, one, other, owner), _spread(graph, other, one, owner)
+    image, gate = (other, one) if one.shape[1:] == (1, 1) else (one, other)
     if gate.shape not in (image.shape, (image.channels, 1, 1)):
         raise Unsupported(f"a product broadcasts {[image.shape, gate.shape]}")
     return graph.add(Gate(), (image, gate), image.shape, owner)
+
+
+def _spread(graph: Graph, x: Value, like: Value, owner: Weight | None) -> Value:
+    """An image of one channel with as many as another."""
+    if x.channels == like.channels or x.channels != 1:
+        return x
+    return graph.add(Spread(like.layout), (x,), (like.channels, *x.shape[1:]), owner)
 
 
 def concatenated(graph: Graph, values: Sequence[Value], owner: Weight | None) -> Value:

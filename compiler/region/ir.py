@@ -10,14 +10,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from nascompile.compiler.region.layout import Layout, joined, side_by_side
 from nascompile.kernels.plan.steps import Activation
 
 
 class Unsupported(Exception):
-    """Says in words why something cannot be part of a region."""
+    """Says in words why something cannot be part of a region; `node` is where, if that is known."""
+
+    node: fx.Node | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +151,13 @@ class Arrange:
 
 
 @dataclass(frozen=True, slots=True)
+class Spread:
+    """An image of one channel as every channel of an image with this layout."""
+
+    layout: Layout
+
+
+@dataclass(frozen=True, slots=True)
 class Cat:
     """Concatenation of channels."""
 
@@ -178,7 +187,7 @@ class Gate:
     """image * gate, where the gate is an image of the same size or has one pixel."""
 
 
-Op = Source | Conv | Norm | Act | PoolOp | Crop | Pad | Channels | Arrange | Cat | Zero | Sum | Gate
+Op = Source | Conv | Norm | Act | PoolOp | Crop | Pad | Channels | Arrange | Spread | Cat | Zero | Sum | Gate
 Shape = tuple[int, int, int]
 
 
@@ -236,7 +245,7 @@ class Graph:
         return found
 
     def _layout(self, op: Op, inputs: tuple[Value, ...], shape: Shape) -> Layout:
-        if isinstance(op, Arrange):
+        if isinstance(op, Arrange | Spread):
             return op.layout
         if isinstance(op, Cat):
             return joined([value.layout for value in inputs])

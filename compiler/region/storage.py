@@ -25,6 +25,7 @@ from nascompile.compiler.region.ir import (
     Norm,
     Pad,
     PoolOp,
+    Spread,
     Sum,
     TensorRef,
     Value,
@@ -174,7 +175,9 @@ class Storage:
                 # a part that others read as well must be there whenever they are
                 alone = cat.owners is None or len(part.users) == 1
                 free = part not in parts and cat.inputs.count(part) == 1 and alone
-                if free and isinstance(part.op, Sum | Norm | Act | Conv | PoolOp | Channels | Arrange | Gate):
+                if free and isinstance(
+                    part.op, Sum | Norm | Act | Conv | PoolOp | Channels | Arrange | Spread | Gate
+                ):
                     parts[part] = (cat, first)
         return parts
 
@@ -227,8 +230,10 @@ class Storage:
 
 
 def runs_of(value: Value) -> list[tuple[int, int, int, int]]:
-    """How the channels of a Channels or Arrange come from its input's; see layout.runs."""
+    """How the channels of a Channels, Arrange or Spread come from its input's; see layout.runs."""
     op = value.op
+    if isinstance(op, Spread):
+        return [(0, 0, padded, count) for _, count, padded in op.layout.segments]
     first, step = (op.first, op.step) if isinstance(op, Channels) else (0, 1)
     return list(runs(value.inputs[0].layout, value.layout, first, step))
 

@@ -321,10 +321,9 @@ def pick(state: State, step: Pick) -> None:
     source, target = state.view(step.source), state.view(step.target)
     if not step.adds:
         target.zero_()
-    last_source = step.first_source + step.step_source * step.count
-    last_target = step.first_target + step.step_target * step.count
-    picked = source[..., step.first_source : last_source : step.step_source]
-    target[..., step.first_target : last_target : step.step_target] += picked
+    numbers = torch.arange(step.count)
+    picked = source[..., step.first_source + step.step_source * numbers]
+    target.index_add_(-1, step.first_target + step.step_target * numbers, picked)
 
 
 RUN: dict[type, Callable[[State, Any], None]] = {

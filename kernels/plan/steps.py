@@ -327,7 +327,7 @@ class Pick:
     """target[..., first_target + i*step_target] (+)= source[..., first_source + i*step_source] for i < count.
 
     Some channels of an image, or with `adds` their gradient's way back. Without `adds` the other channels of
-    the target become zero.
+    the target become zero. A step of zero in the source repeats one channel, in the target it sums many.
     """
 
     source: Map

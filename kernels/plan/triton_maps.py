@@ -301,12 +301,17 @@ def pick_kernel(
     n, y, x, inside = pixels_of(target, images, tl.program_id(0), BLOCK_P)
     channel = channels_of(BLOCK_C)
     away, stride = channel - tl.load(step + 19).to(tl.int32), tl.load(step + 20).to(tl.int32)
-    number = away // stride
-    picked = (away >= 0) & (number * stride == away) & (number < tl.load(step + 21).to(tl.int32))
-    other = tl.load(step + 17) + number * tl.load(step + 18)
+    count = tl.load(step + 21).to(tl.int32)
+    number = away // tl.maximum(stride, 1)
+    picked = (away >= 0) & (number * stride == away) & (number < count)
     base = base_of(slab_ptr, work_ptr, source, n, y, x)
-    there = inside[:, None] & picked[None, :]
-    value = tl.load(slab_ptr + base[:, None] + other[None, :], mask=there, other=0.0)
+    value = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
+    # of one channel that many come to, each takes a turn
+    turns = tl.where(stride == 0, count, 1)
+    for turn in range(turns):
+        other = tl.load(step + 17) + (number + turn) * tl.load(step + 18)
+        there = inside[:, None] & picked[None, :]
+        value += tl.load(slab_ptr + base[:, None] + other[None, :], mask=there, other=0.0)
     base = base_of(slab_ptr, work_ptr, target, n, y, x)
     value += read(slab_ptr, base, channel, inside & (tl.load(step + 22) != 0))
     write(slab_ptr, base, channel, value, inside)

@@ -21,8 +21,8 @@ class Case:
     """`make` builds the model; its inputs are `batch` images of each of `shapes`.
 
     `regions`: how many there are. outside: part of the reason why choices stay outside of regions.
-    op_by_op: part of the reason why a region has no plan. evaluated: in evaluation there is one region with
-    plans nevertheless.
+    op_by_op: part of the reason why a region has no plan, in_parts: why only its parts have some. evaluated:
+    in evaluation there is one region with plans nevertheless.
     """
 
     name: str
@@ -33,6 +33,7 @@ class Case:
     evaluated: bool = False
     outside: str | None = None
     op_by_op: str | None = None
+    in_parts: str | None = None
 
 
 # ----- candidates

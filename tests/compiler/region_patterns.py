@@ -130,6 +130,21 @@ class Excited(nn.Module):
         return self.last(gated * gated) * (pooled * pooled)
 
 
+class Spatial(nn.Module):
+    """Gates of one channel: a map, a number a sample, and one that is multiplied by a number a channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = Unit("cb", 10), LayerChoice([Unit("acb", 10), SepConv(10, 3)])
+        self.map, self.number = nn.Conv2d(10, 1, 3, padding=1), nn.Conv2d(10, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.cat([self.one(x)[:, :3], self.two(x)[:, :7]], 1)
+        place, pixel = torch.sigmoid(self.map(y)), F.adaptive_avg_pool2d(y, 1)
+        y = place * y + y * self.number(pixel).sigmoid()
+        return y + (place * pixel) * (place * place)
+
+
 class Padded(nn.Module):
     """Paddings that a convolution does not have, crops that it does not read in place."""
 
@@ -161,6 +176,40 @@ class Padded(nn.Module):
                 return F.pad(self.bn(y[:, 4:12]), (0, 3, 3, 0))
             case _:
                 raise AssertionError(self.how)
+
+
+class Broadcast(nn.Module):
+    """What only its sizes rule out, between choices: found when a plan is made, it parts the region."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.one, self.two = LayerChoice([Unit("acb", 8), SepConv(8, 3)]), LayerChoice(_pair())
+        self.bias = nn.Parameter(torch.linspace(-1, 1, 8).view(1, 8, 1, 1))
+        self.register_buffer("signs", torch.tensor([1.0, -1.0, 1.0]).view(3, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.one(x)
+        match self.how:
+            case "signs":
+                y = y * self.signs[:1]
+            case "number a sample":
+                y = y * self.signs.abs()
+            case "number a channel":
+                y = y + self.bias.expand(1, -1, -1, -1)
+            case "map":
+                y = F.relu(y + y.amax(1, keepdim=True))
+            case "pixel":
+                y = y + F.adaptive_avg_pool2d(y, 1)
+            case "large window":
+                y = torch.cat([y, F.max_pool2d(F.pad(y, (8, 8, 8, 8)), 17, 1)], 1)[:, ::2]
+            case _:
+                raise AssertionError(self.how)
+        return self.two(y)
+
+
+def _pair() -> list[Any]:
+    return [Unit("acb", 8), nn.Sequential(SepConv(8, 3), nn.Hardswish())]
 
 
 class Residual(nn.Module):
@@ -200,10 +249,17 @@ CASES = (
     Case("mobile blocks", lambda: Cell(lambda: _mobiles(8)), ((8, 5, 4),)),
     Case("mobile blocks, stride 2", lambda: Single(_mobiles(6, 2)), ((6, 9, 7),)),
     Case("gates", Excited, ((5, 7, 3),)),
+    Case("gates of one channel", Spatial, ((10, 5, 4),)),
     *(
         Case(f"padding, {how}", lambda how=how: Cell(lambda: [Padded(how), Unit("acb", 8)]), ((8, 6, 5),))
         for how in ("same", "zeros", "functional", "dropout", "crops", "steps")
     ),
+    Case("number a sample", lambda: Broadcast("number a sample")),
+    Case("signs", lambda: Broadcast("signs"), in_parts="not an image of the batch"),
+    Case("number a channel", lambda: Broadcast("number a channel"), in_parts="not an image of the batch"),
+    Case("map", lambda: Broadcast("map"), regions=2, in_parts="a sum broadcasts"),
+    Case("pixel", lambda: Broadcast("pixel"), in_parts="a sum broadcasts"),
+    Case("large window", lambda: Broadcast("large window"), in_parts="too large"),
     Case("residual", lambda: Cell(lambda: [Residual(), Unit("acb", 8)])),
     Case("in place", lambda: InPlace(lambda: [Unit("acb", 8), SepConv(8, 3)])),
 )

@@ -29,7 +29,7 @@ from tests.compiler.region_steps import (
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 MORE = [*region_layouts.CASES, *region_patterns.CASES]
-PLANNED = [case for case in (*CASES, *MORE) if case.regions == 1 and case.op_by_op is None]
+PLANNED = [case for case in (*CASES, *MORE) if case.regions == 1 and not (case.op_by_op or case.in_parts)]
 SEVERAL = [
     case
     for case in PLANNED
@@ -37,7 +37,7 @@ SEVERAL = [
     in ("orders", "stride 2, odd sizes", "darts", "kernels of 5 channels", "inputs", "concatenated")
 ]
 SEVERAL += [case for case in PLANNED if case.name in ("several inputs and outputs", "mobile", "shared keys")]
-SEVERAL += MORE
+SEVERAL += [case for case in MORE if case in PLANNED]
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,7 @@ from nascompile.kernels.plan.steps import (
     Load,
     Map,
     Mask,
+    Pick,
     Reduce,
     Stage,
     Store,
@@ -235,6 +236,18 @@ def test_activations_at_the_ends(activation):
     torch.testing.assert_close(handed[inside], wanted[inside], rtol=2e-6, atol=1e-6)
     clips = activation in (Activation.hardsigmoid, Activation.leaky_relu)
     assert handed[0, 0].isnan().all() == (not clips)
+
+
+def test_pick_repeats_and_sums_channels():
+    memory = Memory(images=2)
+    one, many, sums = (memory.filled(channels, (3, 5), pixel=48) for channels in (16, 40, 16))
+    before, read = memory.view(sums).double(), memory.view(one)[:, 2:3].clone()
+    memory.run_steps(Pick(one, many, 2, 0, 5, 1, 21, 0), Pick(many, sums, 6, 2, 3, 0, 9, 1))
+    expected = torch.zeros_like(memory.view(many))
+    expected[:, 5:26] = read
+    assert torch.equal(memory.view(many), expected)
+    before[:, 3] += 9 * read[:, 0]
+    same(memory.view(sums), before)
 
 
 @pytest.mark.parametrize("activation", [Activation.hardswish, Activation.gelu])

@@ -120,6 +120,9 @@ def test_pick():
         pick,
         replace(pick, adds=1, first_source=0, step_source=1, first_target=16, step_target=1),
         Pick(wide, source, 4, 1, 0, 1, 5, 1),
+        # one channel for many, and many for one
+        Pick(source, wide, 2, 0, 3, 1, 14, 0),
+        Pick(wide, source, 5, 1, 7, 0, 20, 1),
         replace(pick, flag=memory.flag(0)),
     )
 
