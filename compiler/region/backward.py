@@ -102,13 +102,19 @@ class Backward(MapGradients):
         sums = self._reduce(value, place, terms, flag)
         for term in terms:
             term_flag = self.flags.all_of([flag, term.flag])
-            if term.norm is not None:
+            if term.norm is not None and is_fixed(term.norm):
+                self._flow(term.value, Flow(place, term.coefficient, term_flag))
+            elif term.norm is not None:
                 self._arrivals[term.norm].append(Arrival(place, term, sums[None], sums[term], term_flag))
-            elif term.value in self._is_needed:
-                self._of[term.value].flows.append(Flow(place, term.coefficient, term_flag))
-                self._of[term.value].flags.append(term_flag)
+            else:
+                self._flow(term.value, Flow(place, term.coefficient, term_flag))
             if self.wanted.decision and term.weight is not None:
                 self._decision(term, place.channels, sums, term_flag)
+
+    def _flow(self, value: Value, flow: Flow) -> None:
+        if value in self._is_needed:
+            self._of[value].flows.append(flow)
+            self._of[value].flags.append(flow.flag)
 
     def _matters(self, term: TermOf) -> bool:
         weighted = self.wanted.decision and term.weight is not None
@@ -117,7 +123,7 @@ class Backward(MapGradients):
     def _reduce(self, value: Value, place: Place, terms: list[TermOf], flag: int) -> dict[TermOf | None, int]:
         """Sums over the batch of gradient * map, for the terms that need them; under None that of the
         gradient."""
-        summed = [t for t in terms if t.norm is not None or (self.wanted.decision and t.weight is not None)]
+        summed = [t for t in terms if has_sums(t) or (self.wanted.decision and t.weight is not None)]
         sums: dict[TermOf | None, int] = {t: self._new_sums(place.channels) for t in summed}
         if not summed:
             return sums
@@ -162,7 +168,7 @@ class Backward(MapGradients):
         flag = self.flags.any_of(a.flag for a in arrivals)
         if flag == NEVER:
             return
-        refs = (op.gamma, op.beta) if self.wanted.parameters else (None, None)
+        refs = (op.gamma, op.beta) if self.wanted.parameters and not op.is_fixed else (None, None)
         for ref in refs:
             if ref is not None:
                 self._reach(ref, flag)
@@ -324,3 +330,13 @@ class Backward(MapGradients):
             gather=gather,
             scratch=(("padded", inner, y.height, y.width, border),),
         )
+
+
+def is_fixed(norm: Value) -> bool:
+    """Whether a normalisation only multiplies by and adds constants."""
+    return isinstance(norm.op, Norm) and norm.op.is_fixed
+
+
+def has_sums(term: TermOf) -> bool:
+    """Whether the gradient of a term's normalisation needs sums over the batch."""
+    return term.norm is not None and not is_fixed(term.norm)

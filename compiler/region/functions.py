@@ -30,13 +30,17 @@ def _anything(_: Arguments) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Function:
-    """`names`: of the parameters, of which the first `images` are images. `apply(graph, arguments, owner)`
-    gives the value; `check` raises Unsupported for other arguments that are not understood."""
+    """`names`: of the parameters, of which the first `images` are images, or with `numbers` numbers.
+
+    `apply(graph, arguments, owner)` gives the value; `check` raises Unsupported for other arguments that are
+    not understood.
+    """
 
     names: tuple[str, ...]
     apply: Callable[[Graph, Arguments, Weight | None], Value]
     check: Callable[[Arguments], None] = _anything
     images: int = 1
+    numbers: bool = False
 
 
 def why_not_function(node: fx.Node) -> str | None:
@@ -46,10 +50,13 @@ def why_not_function(node: fx.Node) -> str | None:
             _check_slices(node)
         elif node.target is torch.cat:
             _check_cat(node)
-        elif node.target is not torch.zeros_like and _unchanged(node) is None:
+        elif node.target is torch.zeros_like:
+            _require_image(node, node.args[0])
+        else:
             function, arguments = _bound(node)
             for name in function.names[: function.images]:
-                _require_image(node, arguments.get(name))
+                if not (function.numbers and _is_number(arguments.get(name))):
+                    _require_image(node, arguments.get(name))
             function.check(arguments)
     except Unsupported as reason:
         return str(reason)
@@ -65,13 +72,12 @@ def apply_function(graph: Graph, node: fx.Node, env: Env, owner: Weight | None) 
         return _slice(graph, node, env, owner)
     if node.target is torch.zeros_like:
         return graph.add(Zero(), (), _value(node, node.args[0], env).shape, owner)
-    same = _unchanged(node)
-    if same is not None:
-        return _value(node, same, env)
     function, arguments = _bound(node)
     function.check(arguments)
-    found = {name: _value(node, arguments.get(name), env) for name in function.names[: function.images]}
-    return function.apply(graph, {**arguments, **found}, owner)
+    for name in function.names[: function.images]:
+        if not (function.numbers and _is_number(arguments.get(name))):
+            arguments[name] = _value(node, arguments.get(name), env)
+    return function.apply(graph, arguments, owner)
 
 
 def _value(node: fx.Node, argument: Any, env: Env) -> Value:
@@ -89,7 +95,7 @@ def _bound(node: fx.Node) -> tuple[Function, Arguments]:
     """The row of the table for a node, and its arguments by name."""
     target, given = node.target, node.args
     if target is out_of_place:
-        target, given = str(given[0]), given[1:]
+        target, given = getattr(operator, str(given[0])), given[1:]
     function = _METHODS.get(target) if isinstance(target, str) else _FUNCTIONS.get(target)
     if function is None:
         raise Unsupported(f"{node.name} ({node.target}) is not understood by regions")
@@ -99,14 +105,8 @@ def _bound(node: fx.Node) -> tuple[Function, Arguments]:
     return function, arguments
 
 
-def _unchanged(node: fx.Node) -> fx.Node | None:
-    """The image that an addition of the number zero leaves as it is: python's sum() begins with 0 + x."""
-    if node.target is not operator.add or len(node.args) != 2:
-        return None
-    for zero, other in (node.args, node.args[::-1]):
-        if isinstance(zero, int) and zero == 0 and isinstance(other, fx.Node):
-            return other
-    return None
+def _is_number(argument: Any) -> bool:
+    return isinstance(argument, int | float)
 
 
 # ---- rows of the table
@@ -128,11 +128,41 @@ def _activation(kind: Activation, *more: str, **expected: Any) -> Function:
 
 
 def _add(graph: Graph, arguments: Arguments, owner: Weight | None) -> Value:
-    return images.added(graph, [arguments["input"], arguments["other"]], owner)
+    one, other = arguments["input"], arguments["other"]
+    if _is_number(one) or _is_number(other):
+        x, number = (other, one) if _is_number(one) else (one, other)
+        return graph.scale(x, 1.0, float(number), owner)
+    return images.added(graph, [one, other], owner)
+
+
+def _subtract(graph: Graph, arguments: Arguments, owner: Weight | None) -> Value:
+    one, other = arguments["input"], arguments["other"]
+    if _is_number(other):
+        return graph.scale(one, 1.0, -float(other), owner)
+    if _is_number(one):
+        return graph.scale(other, -1.0, float(one), owner)
+    return images.added(graph, [one, graph.scale(other, -1.0, 0.0, owner)], owner)
 
 
 def _multiply(graph: Graph, arguments: Arguments, owner: Weight | None) -> Value:
-    return images.multiplied(graph, arguments["input"], arguments["other"], owner)
+    one, other = arguments["input"], arguments["other"]
+    if _is_number(one) or _is_number(other):
+        x, number = (other, one) if _is_number(one) else (one, other)
+        return graph.scale(x, float(number), 0.0, owner)
+    return images.multiplied(graph, one, other, owner)
+
+
+def _negate(graph: Graph, arguments: Arguments, owner: Weight | None) -> Value:
+    return graph.scale(arguments["input"], -1.0, 0.0, owner)
+
+
+def _check_divide(arguments: Arguments) -> None:
+    if not _is_number(arguments.get("other")) or arguments["other"] == 0:
+        raise Unsupported("divides by something else than a number")
+
+
+def _divide(graph: Graph, arguments: Arguments, owner: Weight | None) -> Value:
+    return graph.scale(arguments["input"], 1 / float(arguments["other"]), 0.0, owner)
 
 
 def _dimensions(arguments: Arguments) -> set[int]:
@@ -202,8 +232,12 @@ def _pad(graph: Graph, arguments: Arguments, owner: Weight | None) -> Value:
     return images.padded(graph, arguments["input"], arguments["pad"], owner)
 
 
-_SUM = Function(("input", "other"), _add, images=2)
-_PRODUCT = Function(("input", "other"), _multiply, images=2)
+_TWO = ("input", "other")
+_SUM = Function(_TWO, _add, images=2, numbers=True)
+_DIFFERENCE = Function(_TWO, _subtract, images=2, numbers=True)
+_PRODUCT = Function(_TWO, _multiply, images=2, numbers=True)
+_QUOTIENT = Function(_TWO, _divide, _check_divide)
+_NEGATIVE = Function(("input",), _negate)
 _MEAN = Function(("input", "dim", "keepdim"), _mean, _check_mean)
 _RELU = _activation(Activation.relu, "inplace")
 _SIGMOID = _activation(Activation.sigmoid)
@@ -226,9 +260,17 @@ _FUNCTIONS: dict[Any, Function] = {
     operator.add: _SUM,
     operator.iadd: _SUM,
     torch.add: _SUM,
+    operator.sub: _DIFFERENCE,
+    operator.isub: _DIFFERENCE,
+    torch.sub: _DIFFERENCE,
     operator.mul: _PRODUCT,
     operator.imul: _PRODUCT,
     torch.mul: _PRODUCT,
+    operator.truediv: _QUOTIENT,
+    operator.itruediv: _QUOTIENT,
+    torch.div: _QUOTIENT,
+    operator.neg: _NEGATIVE,
+    torch.neg: _NEGATIVE,
     torch.mean: _MEAN,
     F.adaptive_avg_pool2d: Function(("input", "output_size"), _adaptive, _check_adaptive),
     F.max_pool2d: Function((*_WINDOW, "dilation", "ceil_mode", "return_indices"), _max_pool, _check_max),
@@ -245,8 +287,13 @@ _METHODS: dict[str, Function] = {
     "sigmoid": _SIGMOID,
     "add": _SUM,
     "add_": _SUM,
+    "sub": _DIFFERENCE,
+    "sub_": _DIFFERENCE,
     "mul": _PRODUCT,
     "mul_": _PRODUCT,
+    "div": _QUOTIENT,
+    "div_": _QUOTIENT,
+    "neg": _NEGATIVE,
     "mean": _MEAN,
 }
 

@@ -112,7 +112,8 @@ class Gradients:
             elif isinstance(op, Conv):
                 needed |= self.wanted.parameters
             elif isinstance(op, Norm):
-                needed |= self.wanted.parameters and (op.gamma is not None or op.beta is not None)
+                has_weights = (op.gamma is not None or op.beta is not None) and not op.is_fixed
+                needed |= self.wanted.parameters and has_weights
             elif isinstance(op, Sum):
                 needed |= self.wanted.decision and any(info.weight is not None for info in op.terms)
             if needed:

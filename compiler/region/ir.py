@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -42,6 +43,19 @@ class TensorRef:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, TensorRef) and self.module is other.module and self.name == other.name
+
+
+class Constants(nn.Module):
+    """Vectors of one number, which plans read like parameters."""
+
+    def vector(self, number: float, channels: int, **options: Any) -> TensorRef:
+        """The vector of so many times the number; one for all who ask for it."""
+        name = f"{number!r} {channels}"
+        if name not in self._buffers:
+            # inference mode is left: a tensor made in it could not be saved for backward
+            with torch.inference_mode(False):
+                self._buffers[name] = torch.full((channels,), number, **options)
+        return TensorRef(self, name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +94,7 @@ class Conv:
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """BatchNorm; without any statistics the addition of a bias (beta).
+    """BatchNorm; without any statistics the addition of a bias (beta), or gamma * x + beta of constants.
 
     `by_batch`: whether it uses the statistics of the batch. `first`: the norm's first channel, where it is
     part of a norm over concatenated values. momentum < 0 is a cumulative average.
@@ -96,6 +110,11 @@ class Norm:
     epsilon: float
     momentum: float
     first: int = 0
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether gamma and beta are constants."""
+        return any(ref is not None and isinstance(ref.module, Constants) for ref in (self.gamma, self.beta))
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +238,7 @@ class Graph:
         self._shares, self._lane = shares, lane
         self.dtype, self.device = dtype, device
         self._packed: dict[TensorRef, Layout] = {}
+        self._constants = Constants()
         self.values: list[Value] = []
         self._known: dict[object, Value] = {}
         self.outputs: list[Value] = []
@@ -243,6 +263,18 @@ class Graph:
         elif found.owners is not None:
             found.owners.add(owner)
         return found
+
+    def scale(self, x: Value, factor: float, summand: float, owner: Weight | None) -> Value:
+        """factor * x + summand."""
+        options = {"dtype": self.dtype, "device": self.device}
+        gamma, beta = (
+            None if number == nothing else self._constants.vector(number, x.channels, **options)
+            for number, nothing in ((factor, 1.0), (summand, 0.0))
+        )
+        if gamma is None and beta is None:
+            return x
+        op = Norm(gamma, beta, None, None, None, False, False, 0.0, 0.0)
+        return self.add(op, (x,), x.shape, owner)
 
     def _layout(self, op: Op, inputs: tuple[Value, ...], shape: Shape) -> Layout:
         if isinstance(op, Arrange | Spread):

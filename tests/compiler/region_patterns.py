@@ -34,6 +34,8 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "F.elu": lambda x: F.elu(x, alpha=1.0),
     "swish": lambda x: x * torch.sigmoid(x),
     "hand-made swish": lambda x: torch.mul(x, other=x.sigmoid()),
+    "hand-made hardswish": lambda x: x * F.relu6(x + 3.0, inplace=True) / 6,
+    "hand-made hardsigmoid": lambda x: F.relu6(3 + x).div(6),
 }
 
 
@@ -145,6 +147,51 @@ class Spatial(nn.Module):
         return y + (place * pixel) * (place * place)
 
 
+class Scaled(nn.Module):
+    """Images times numbers, and plus numbers, at the places where a plan could leave them out."""
+
+    def __init__(self, stride: int = 1) -> None:
+        super().__init__()
+        self.stride = stride
+        self.conv, self.bn = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.last = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        nothing = x[:, :, :: self.stride, :: self.stride].mul(0.0)
+        y = self.conv(2 * x + 1) - 0.5
+        y = self.last(F.relu(-self.bn(y / 3))) - (1 - x)
+        y = self.bn(y.sub(x).mul(0.25).add(2))
+        y -= 1
+        y /= 4
+        return torch.div(y, 2) * 3 + nothing
+
+
+class Kept(Cell):
+    """A path that is dropped, as DARTS drops it: divided and multiplied in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.three(self.dropped(self.one(x)) + self.two(x))
+
+    def dropped(self, x: Tensor) -> Tensor:
+        if self.training:
+            kept = torch.bernoulli(torch.full((x.size(0), 1, 1, 1), 0.7, dtype=x.dtype))
+            x = x.div(0.7)
+            x.mul_(kept)
+        return x
+
+
+class OnceForAll(nn.Module):
+    """Squeeze and excitation of OFA: means one after the other."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(channels, 2, 1), nn.Conv2d(2, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.first(x.mean(3, keepdim=True).mean(2, keepdim=True)))
+        return x * (F.relu6(self.second(y) + 3.0) / 6.0)
+
+
 class Padded(nn.Module):
     """Paddings that a convolution does not have, crops that it does not read in place."""
 
@@ -248,6 +295,12 @@ CASES = (
     ),
     Case("mobile blocks", lambda: Cell(lambda: _mobiles(8)), ((8, 5, 4),)),
     Case("mobile blocks, stride 2", lambda: Single(_mobiles(6, 2)), ((6, 9, 7),)),
+    Case("numbers", lambda: Cell(lambda: [Scaled(), Unit("acb", 8)])),
+    Case(
+        "numbers that batch statistics follow",
+        lambda: Cell(lambda: [nn.Sequential(Scaled(), Unit("bac", 8)), OnceForAll(8)]),
+    ),
+    Case("dropped path", lambda: Kept(lambda: [Unit("acb", 8), SepConv(8, 3)]), regions=3, evaluated=True),
     Case("gates", Excited, ((5, 7, 3),)),
     Case("gates of one channel", Spatial, ((10, 5, 4),)),
     *(
