@@ -42,7 +42,7 @@ def functionalize_in_place(gm: fx.GraphModule) -> int:
     for node in list(gm.graph.nodes):
         if not _is_arithmetic(node):
             continue
-        value: fx.Node = node.args[0]  # type: ignore[assignment]
+        value: Any = node.args[0]
         family = _may_share_memory(gm, value, order, order[node])
         if any(member.op in ("placeholder", "get_attr") for member in family):
             continue

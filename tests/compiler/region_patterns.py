@@ -239,9 +239,9 @@ class Broadcast(nn.Module):
         y = self.one(x)
         match self.how:
             case "signs":
-                y = y * self.signs[:1]
+                y = y * self.get_buffer("signs")[:1]
             case "number a sample":
-                y = y * self.signs.abs()
+                y = y * self.get_buffer("signs").abs()
             case "number a channel":
                 y = y + self.bias.expand(1, -1, -1, -1)
             case "map":
