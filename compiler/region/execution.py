@@ -11,12 +11,14 @@ from torch import Tensor
 from nascompile.compiler.decision import Selection
 from nascompile.compiler.mutables import forced_mutator
 from nascompile.compiler.region.decisions import Decided, Decisions
-from nascompile.compiler.region.executors import Executor
+from nascompile.compiler.region.executors import NATIVE, Executor
 from nascompile.compiler.region.flags import NEVER, WITH_PARAMETERS, WITHOUT_PARAMETERS, as_tensor
 from nascompile.compiler.region.gradients import Wanted
 from nascompile.compiler.region.ir import Conv, Graph, Norm, TensorRef, Weight
 from nascompile.compiler.region.plan import Direction, Plan
+from nascompile.compiler.region.profiling import active
 from nascompile.kernels.plan.program import ALIGNMENT
+from nascompile.kernels.plan.run import run_timed
 
 FLAG_LIMIT = 4096
 """Decisions whose flags are kept."""
@@ -228,7 +230,13 @@ class Execution:
         taken = [tensors[place] for place in places]
         flags = self.flags(chosen)[0]
         work = self._memory.lease(self._work, self.executor)
-        self.executor.run(direction.program, direction.encoded, slab, _slab(work), flags, taken)
+        arguments = (direction.program, direction.encoded, slab, _slab(work), flags, taken)
+        profile = active()
+        if profile is not None and self.executor is NATIVE:
+            name = "forward" if direction is self.plan.forward else "backward"
+            profile.add(name, direction.program, run_timed(*arguments))
+        else:
+            self.executor.run(*arguments)
         work.give_back()
 
 

@@ -6,12 +6,6 @@
 namespace nascompile::CPU_CAPABILITY {
 namespace {
 
-#ifdef CPU_CAPABILITY_AVX512
-constexpr bool kWide = true;  // 32 registers
-#else
-constexpr bool kWide = false;  // 16
-#endif
-
 // target[o] (+)= sum over taps and channels i of weights[tap.weight, i, o] * source[tap.offset + i]
 struct Dense {
   const plan::Tap* taps;
