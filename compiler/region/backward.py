@@ -160,7 +160,7 @@ class Backward(Gradients):
     def _decision(self, term: TermOf, channels: int, sums: dict[TermOf | None, int], flag: int) -> None:
         assert term.weight is not None
         slot, number = self.settings.slot(term.weight), self.tensor("grad decision")
-        self._reach(("decision", term.weight.key), flag)
+        self._reach(("decision", term.weight.key, term.weight.of_mean), flag)
         vectors = None if term.norm is None else self.forward.vectors[term.norm]
         total = NONE if term.norm is None else sums[None]
 

@@ -122,9 +122,9 @@ class MixedReductions(nn.Module):
         return self.two(self.one(x))
 
 
-@pytest.mark.xfail(strict=True, reason="choices of one key have one vector of weights, the mean's")
-def test_one_decision_for_a_mean_and_a_sum() -> None:
-    assert_same(*compared(MixedReductions, {"shared": [0.5, 0.25]}))
+@pytest.mark.parametrize("weights", [[0.5, 0.25], [0.0, 0.75]])
+def test_one_decision_for_a_mean_and_a_sum(weights: list[float]) -> None:
+    assert_same(*compared(MixedReductions, {"shared": weights}))
 
 
 class TwoRegions(nn.Module):
