@@ -96,14 +96,7 @@ def train(space: Space, model: nn.Module, dtype: torch.dtype) -> list[dict[str, 
             x = x.to(memory_format=torch.channels_last)
         found = step(model, masks, (x.requires_grad_(number % 2 == 0),), {}, seed=number)
         found.pop("changed inputs")
-        for group in ("decisions", "weights"):
-            # zeros count as None, and None as zeros: see the tests of regions
-            found[group] = {k: None if g is None or not g.any() else g for k, g in found[group].items()}
-        found["inputs"] = [None if g is None or not g.any() else g for g in found["inputs"]]
         if mode:
-            for parameter in parameters:
-                if parameter.grad is not None and not parameter.grad.any():
-                    parameter.grad = None
             optimizer.step()
         found["parameters"] = {**dict(model.named_parameters())}
         seen.append(detached(found))

@@ -22,6 +22,7 @@ from nascompile.compiler.region.ir import (
     Sum,
     TensorRef,
     Value,
+    Weight,
 )
 from nascompile.compiler.region.memory import Buffer, Place
 from nascompile.compiler.region.storage import ConvOf, TermOf
@@ -254,6 +255,9 @@ class Gradients:
 
     def _reach(self, ref: Hashable, flag: int) -> None:
         self.reached[ref] = self.flags.any_of([flag, self.reached.get(ref, NEVER)])
+
+    def _reach_decision(self, weight: Weight, flag: int) -> None:
+        self._reach(("decision", weight.key, weight.of_mean), flag)
 
     def _unpack(self) -> None:
         """From the chunks' sums to the gradient tensors of the weights."""

@@ -12,7 +12,7 @@ import nascompile
 from nascompile.mutables import InputChoice, LayerChoice
 from tests import numerics
 from tests.comparing import Decided, assert_close, assert_same, step
-from tests.compiler.region_models import CASES, Case, SepConv, Unit
+from tests.compiler.region_models import CASES, Case, Nothing, SepConv, Unit
 from tests.compiler.region_steps import (
     assert_regions,
     assert_rounds_closer,
@@ -108,6 +108,22 @@ class Unreached(nn.Module):
 def test_decisions_that_are_not_reached_have_no_gradient() -> None:
     decisions = {"LayerChoice1": [0.5, 0.5], "LayerChoice2": [0.5, 0.5], "InputChoice3": [0.0, 1.0]}
     assert_same(*compared(Unreached, decisions))
+
+
+class SomeNothing(nn.Module):
+    """The decision may choose zeros alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = LayerChoice([Unit("acb", 8), Nothing(), Nothing()])
+        self.conv = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.one(x) + x)
+
+
+def test_decisions_for_zeros_have_a_gradient_of_zeros() -> None:
+    assert_same(*compared(SomeNothing, {"LayerChoice1": [0.0, 0.5, 0.5]}))
 
 
 class MixedReductions(nn.Module):
