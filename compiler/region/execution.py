@@ -125,6 +125,9 @@ class Execution:
             asked = [("grad", ref) for ref in self.parameters] + [("grad input", i) for _, i in sources]
             names = [*common, *(("grad output", index) for index in outputs), *asked, "grad decision"]
             self._backward = _places(names, plan.backward)
+            loaded = set(plan.backward.tensors)
+            self.constant = [index for index in outputs if ("grad output", index) not in loaded]
+            """The outputs that lead to nothing that wants a gradient, whatever is decided."""
 
     def lease(self) -> Lease:
         """A slab for one run forward and backward."""
@@ -299,6 +302,7 @@ class RunPlan(torch.autograd.Function):
         known = _known(execution, *_parts(ctx, args))
         outputs = execution.forward(_slab(ctx.lease), decisions.chosen, known)
         ctx.save_for_backward(*args)
+        ctx.mark_non_differentiable(*(outputs[index] for index in execution.constant))
         return tuple(outputs)
 
     @staticmethod
@@ -391,9 +395,16 @@ def _differentiable(
         for ref, tensor in kept:
             ref.module._buffers[ref.name] = tensor
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    pairs = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if grad is not None]
+    pairs = [
+        (out, grad)
+        for out, grad in zip(outputs, grads, strict=True)
+        # what is chosen may lead to nothing that wants a gradient
+        if grad is not None and out.requires_grad
+    ]
     inputs = [*vectors, *tensors, *parameters]
     wanted = [tensor for tensor in inputs if tensor.requires_grad]
+    if not pairs:
+        return [None] * len(inputs)
     found = iter(
         torch.autograd.grad(
             [out for out, _ in pairs],

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import nascompile
 from nascompile.mutables import LayerChoice
 from tests.comparing import Decided, assert_same
-from tests.compiler.region_models import SepConv, Unit
+from tests.compiler.region_models import Nothing, SepConv, Unit
 from tests.compiler.region_steps import detached, fp64_plans, regions
 
 Outputs = Sequence[Tensor]
@@ -107,3 +107,30 @@ def test_what_only_outputs_without_a_gradient_reach_has_none(loss: str, soft: bo
     missing = sum(gradient is None for gradient in expected[-1][1])
     assert missing > 0 or soft
     assert_same(trained(LOSSES[loss], compile_it=True, soft=soft), expected)
+
+
+class Constant(nn.Module):
+    """The first output has nothing that wants a gradient, the second only where the decision says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = nn.MaxPool2d(3, 1, 1)
+        self.op = LayerChoice([Unit("acb", 8), Nothing()])
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.pool(x)
+        return x, self.op(x)
+
+
+def test_outputs_that_lead_nowhere() -> None:
+    model = Constant().double()
+    mutator = Decided(model)
+    compiled = nascompile.compile(model)
+    for mask in ([True, False], [False, True]):
+        mutator.decide({"LayerChoice1": torch.tensor(mask)})
+        first, second = compiled(torch.randn(2, 8, 5, 4, dtype=torch.float64))
+        assert not first.requires_grad
+        loss = (first + second).sin().sum()
+        found = torch.autograd.grad(loss, list(model.parameters()), create_graph=True, allow_unused=True)
+        assert [gradient is not None for gradient in found] == [mask[0]] * 3
+    assert regions(compiled)[0].plans
