@@ -118,6 +118,9 @@ class Backward(Gradients):
                 writes=place.cells(),
                 flag=flag,
             )
+        if self.wanted.decision:
+            for weight, term_flag in self.forward.zeros.get(value, ()):
+                self._reach_decision(weight, self.flags.all_of([flag, term_flag]))
         terms = [t for t in stored.terms if self._matters(t)]
         sums = self._reduce(value, place, terms, flag)
         for term in terms:
@@ -160,7 +163,7 @@ class Backward(Gradients):
     def _decision(self, term: TermOf, channels: int, sums: dict[TermOf | None, int], flag: int) -> None:
         assert term.weight is not None
         slot, number = self.settings.slot(term.weight), self.tensor("grad decision")
-        self._reach(("decision", term.weight.key), flag)
+        self._reach_decision(term.weight, flag)
         vectors = None if term.norm is None else self.forward.vectors[term.norm]
         total = NONE if term.norm is None else sums[None]
 
