@@ -22,6 +22,8 @@ namespace {
 using torch::headeronly::ScalarType;
 
 constexpr int64_t kHeaderWords = sizeof(plan::Header) / sizeof(int64_t);
+// floats: the last-level cache of a large processor
+constexpr int64_t kCached = int64_t{8} << 20;
 constexpr int64_t kBytes = plan::kAlignment * sizeof(float);
 
 void check_memory(const char* name, const Tensor& tensor, ScalarType type, const char* type_name) {
@@ -296,13 +298,18 @@ void run_steps(
           run.gradients(chunk),
           run.scratch(chunk),
           memory + chunk * tile,
-          0};
+          0,
+          run.streams};
       const int64_t stop = header.images * (chunk + 1) / header.chunks;
       for (image.number = header.images * chunk / header.chunks; image.number < stop; ++image.number) {
         for (const Operation* step = begin; step != end; ++step) {
           clock.time(chunk, step->number, [&] { kernel(step->kind, step->fields, image); });
         }
       }
+#ifdef NASCOMPILE_X86
+      // what went past the caches is there for everyone
+      __builtin_ia32_sfence();
+#endif
     }
   });
 }
@@ -340,7 +347,8 @@ void carry_out(
       static_cast<float*>(work.mutable_data_ptr()),
       static_cast<const uint8_t*>(flags.const_data_ptr()),
       data.data(),
-      rows.data()};
+      rows.data(),
+      slab.numel() > kCached};
   STD_TORCH_CHECK(
       work.numel() >= header.chunks * run.chunk_size(),
       "run_plan: work has ",
