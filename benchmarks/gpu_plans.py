@@ -33,7 +33,6 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu import Log
-from benchmarks.gpu_traffic import Traffic, count
 
 ROOT = Path(__file__).resolve().parent.parent
 NETWORKS = ("nasbench201", "darts")

@@ -33,4 +33,13 @@ void run_plan_cpu(
     const Tensor& flags,
     const std::vector<Tensor>& tensors);
 
+// The same, and adds what every operation took to `seconds`: fp64, [chunks][operations].
+void profile_plan_cpu(
+    const Tensor& program,
+    const Tensor& slab,
+    const Tensor& work,
+    const Tensor& flags,
+    const std::vector<Tensor>& tensors,
+    const Tensor& seconds);
+
 }  // namespace nascompile

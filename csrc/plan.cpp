@@ -1,10 +1,12 @@
-// The operator run_plan: checks a program and its memory at the border, then carries it out phase by phase.
+// The operators run_plan and profile_plan: check a program and its memory at the border, then carry it out phase by
+// phase.
 #include "plan.h"
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -20,6 +22,8 @@ namespace {
 using torch::headeronly::ScalarType;
 
 constexpr int64_t kHeaderWords = sizeof(plan::Header) / sizeof(int64_t);
+// floats: the last-level cache of a large processor
+constexpr int64_t kCached = int64_t{8} << 20;
 constexpr int64_t kBytes = plan::kAlignment * sizeof(float);
 
 void check_memory(const char* name, const Tensor& tensor, ScalarType type, const char* type_name) {
@@ -171,10 +175,29 @@ void check_step(int64_t kind, const int64_t* fields, const TensorCheck& check) {
   }
 }
 
-// A barrier operation or a step.
+// A barrier operation or a step. `number` counts all of the program, phase by phase, barrier operations first.
 struct Operation {
   int64_t kind;
   const int64_t* fields;
+  int64_t number;
+};
+
+// Where the seconds of every operation go: [chunks][operations], or null where nobody asks.
+struct Clock {
+  double* seconds;
+  int64_t operations;
+
+  template <typename Work>
+  void time(int64_t chunk, int64_t operation, const Work& work) const {
+    if (seconds == nullptr) {
+      work();
+      return;
+    }
+    const auto start = std::chrono::steady_clock::now();
+    work();
+    const std::chrono::duration<double> passed = std::chrono::steady_clock::now() - start;
+    seconds[chunk * operations + operation] += passed.count();
+  }
 };
 
 // The operations whose flags hold, phase by phase: operations[ends[k - 1]] up to operations[ends[k]].
@@ -182,8 +205,10 @@ struct Sequence {
   std::vector<Operation> operations;
   std::vector<size_t> ends;
 
+  // `number` is that of the first
   template <typename Check>
-  void append(const int64_t* program, int64_t count, int64_t at, const Tensor& flags, const Check& check) {
+  void append(
+      const int64_t* program, int64_t count, int64_t at, int64_t number, const Tensor& flags, const Check& check) {
     const auto* values = static_cast<const uint8_t*>(flags.const_data_ptr());
     for (int64_t k = 0; k < count; ++k) {
       const int64_t* words = program + program[at + k];
@@ -192,7 +217,7 @@ struct Sequence {
           flag < flags.numel(), "run_plan: the program uses flag ", flag, ", there are ", flags.numel());
       if (flag < 0 || values[flag] != 0) {
         check(words[0], words + 2);
-        operations.push_back({words[0], words + 2});
+        operations.push_back({words[0], words + 2, number + k});
       }
     }
     ends.push_back(operations.size());
@@ -238,24 +263,28 @@ void clear(const plan::Run& run) {
   });
 }
 
-void run_barriers(const plan::Run& run, const Operation* begin, const Operation* end) {
+void run_barriers(const plan::Run& run, const Operation* begin, const Operation* end, const Clock& clock) {
+  const auto carry_out = [&](const Operation& op) {
+    clock.time(0, op.number, [&] { plan::run_barrier(op.kind, op.fields, run); });
+  };
   for (const Operation* next = begin; next != end;) {
     const Operation* stop = std::find_if(next, end, [](const Operation& op) { return !plan::is_packing(op.kind); });
     if (stop == next) {
-      plan::run_barrier(next->kind, next->fields, run);
+      carry_out(*next);
       ++next;
       continue;
     }
     torch::stable::parallel_for(0, stop - next, 4, [&](int64_t first, int64_t last) {
       for (int64_t k = first; k < last; ++k) {
-        plan::run_barrier(next[k].kind, next[k].fields, run);
+        carry_out(next[k]);
       }
     });
     next = stop;
   }
 }
 
-void run_steps(const plan::Run& run, const Operation* begin, const Operation* end, float* memory, int64_t tile) {
+void run_steps(
+    const plan::Run& run, const Operation* begin, const Operation* end, float* memory, int64_t tile, const Clock& clock) {
   const plan::Header& header = run.header();
   const auto kernel = NASCOMPILE_PICK(plan_step);
   share_out(header.chunks, [&](int64_t first, int64_t last) {
@@ -269,25 +298,38 @@ void run_steps(const plan::Run& run, const Operation* begin, const Operation* en
           run.gradients(chunk),
           run.scratch(chunk),
           memory + chunk * tile,
-          0};
+          0,
+          run.streams};
       const int64_t stop = header.images * (chunk + 1) / header.chunks;
       for (image.number = header.images * chunk / header.chunks; image.number < stop; ++image.number) {
         for (const Operation* step = begin; step != end; ++step) {
-          kernel(step->kind, step->fields, image);
+          clock.time(chunk, step->number, [&] { kernel(step->kind, step->fields, image); });
         }
       }
+#ifdef NASCOMPILE_X86
+      // what went past the caches is there for everyone
+      __builtin_ia32_sfence();
+#endif
     }
   });
 }
 
-}  // namespace
+int64_t count_operations(const plan::Header& header, const int64_t* words) {
+  const auto* phases = reinterpret_cast<const plan::Phase*>(words + header.phases_at);
+  int64_t count = 0;
+  for (int64_t k = 0; k < header.phases; ++k) {
+    count += phases[k].barriers + phases[k].steps;
+  }
+  return count;
+}
 
-void run_plan_cpu(
+void carry_out(
     const Tensor& program,
     const Tensor& slab,
     const Tensor& work,
     const Tensor& flags,
-    const std::vector<Tensor>& tensors) {
+    const std::vector<Tensor>& tensors,
+    const Clock& clock) {
   const plan::Header& header = check_program(program);
   const auto* words = static_cast<const int64_t*>(program.const_data_ptr());
   check_aligned("slab", slab);
@@ -305,7 +347,8 @@ void run_plan_cpu(
       static_cast<float*>(work.mutable_data_ptr()),
       static_cast<const uint8_t*>(flags.const_data_ptr()),
       data.data(),
-      rows.data()};
+      rows.data(),
+      slab.numel() > kCached};
   STD_TORCH_CHECK(
       work.numel() >= header.chunks * run.chunk_size(),
       "run_plan: work has ",
@@ -319,26 +362,62 @@ void run_plan_cpu(
   Sequence barriers;
   Sequence steps;
   int64_t tile = 0;
+  int64_t number = 0;
   const auto* phases = reinterpret_cast<const plan::Phase*>(words + header.phases_at);
   for (int64_t k = 0; k < header.phases; ++k) {
     const plan::Phase& phase = phases[k];
-    barriers.append(words, phase.barriers, phase.barriers_at, flags, [&](int64_t kind, const int64_t* fields) {
+    barriers.append(words, phase.barriers, phase.barriers_at, number, flags, [&](int64_t kind, const int64_t* fields) {
       check_barrier(kind, fields, check);
     });
-    steps.append(words, phase.steps, phase.steps_at, flags, [&](int64_t kind, const int64_t* fields) {
+    number += phase.barriers;
+    steps.append(words, phase.steps, phase.steps_at, number, flags, [&](int64_t kind, const int64_t* fields) {
       check_step(kind, fields, check);
       tile = std::max(tile, plan::aligned(tile_of(kind, fields, words)));
     });
+    number += phase.steps;
   }
   float* memory = tiles(header.chunks * tile);
 
   clear(run);
   for (int64_t k = 0; k < header.phases; ++k) {
-    run_barriers(run, barriers.begin(k), barriers.end(k));
+    run_barriers(run, barriers.begin(k), barriers.end(k), clock);
     if (steps.begin(k) != steps.end(k)) {
-      run_steps(run, steps.begin(k), steps.end(k), memory, tile);
+      run_steps(run, steps.begin(k), steps.end(k), memory, tile, clock);
     }
   }
+}
+
+}  // namespace
+
+void run_plan_cpu(
+    const Tensor& program,
+    const Tensor& slab,
+    const Tensor& work,
+    const Tensor& flags,
+    const std::vector<Tensor>& tensors) {
+  carry_out(program, slab, work, flags, tensors, Clock{nullptr, 0});
+}
+
+void profile_plan_cpu(
+    const Tensor& program,
+    const Tensor& slab,
+    const Tensor& work,
+    const Tensor& flags,
+    const std::vector<Tensor>& tensors,
+    const Tensor& seconds) {
+  const plan::Header& header = check_program(program);
+  check_memory("seconds", seconds, ScalarType::Double, "fp64");
+  const int64_t operations = count_operations(header, static_cast<const int64_t*>(program.const_data_ptr()));
+  STD_TORCH_CHECK(
+      seconds.numel() == header.chunks * operations,
+      "run_plan: seconds has ",
+      seconds.numel(),
+      " elements, the program has ",
+      header.chunks,
+      " chunks of ",
+      operations,
+      " operations");
+  carry_out(program, slab, work, flags, tensors, Clock{static_cast<double*>(seconds.mutable_data_ptr()), operations});
 }
 
 }  // namespace nascompile

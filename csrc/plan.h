@@ -232,6 +232,8 @@ struct Image {
   // at least kTile floats of each kernel's own: row blocks of what is never stored whole
   float* tile;
   int64_t number;  // the image's
+  // whether the slab is too large for the caches: what is not read soon does better to go past them
+  bool streams;
 
   float* at(const Map& map) const {
     return map.space == kSlab ? slab + map.offset + number * map.image : scratch + map.offset;

@@ -17,6 +17,7 @@ struct Run {
   const uint8_t* flags;
   void* const* tensors;
   const int64_t* rows;  // per tensor: elements of one index of the first dimension
+  bool streams;         // as in Image
 
   const Header& header() const {
     return *reinterpret_cast<const Header*>(program);

@@ -84,17 +84,20 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, implementation: Implementation, weights: Tensor, *inputs: Tensor) -> Tensor:
         ctx.implementation = implementation
+        ctx.set_materialize_grads(False)
         # without a decision gradient nobody needs the candidates' outputs again
         ctx.save_for_backward(weights, *(inputs if ctx.needs_input_grad[1] else ()))
         return implementation.forward(list(inputs), weights)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         weights, *inputs = ctx.saved_tensors
+        (grad,) = grads
+        if grad is None:
+            # what nobody asks for stays without a gradient, as in the plain expression
+            return (None,) * len(ctx.needs_input_grad)
         _, needs_weights, *needs_input = ctx.needs_input_grad
-        products, dots = _run_backward(
-            ctx.implementation, grads[0], inputs, weights, needs_input, needs_weights
-        )
+        products, dots = _run_backward(ctx.implementation, grad, inputs, weights, needs_input, needs_weights)
         return None, dots if needs_weights else None, *_spread(products, needs_input)
 
 

@@ -2,7 +2,8 @@
 differ.
 
 In fp64 by the reference executor, up to the order of sums; in fp32 by the native one, where the worst error
-may be twice that of plain torch (tests/numerics.py). Exit status 1 when something differs.
+may be twice that of plain torch or that of the exact program with rounding errors put in (tests/numerics.py,
+fuzz_training.py). Exit status 1 when something differs.
 """
 
 from __future__ import annotations
@@ -16,16 +17,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 import nascompile
 from tests import numerics
-from tests.comparing import Decided, assert_close, step, tensors
-from tests.compiler.region_steps import detached, fp64_plans, regions
+from tests.comparing import assert_close, tensors
+from tests.compiler.region_steps import fp64_plans, regions
 from tests.fuzz_spaces import Space, build, draw, smaller
+from tests.fuzz_training import images, roughly, train
 
 IMPRECISE = 1e-2
 """Errors in fp32 below it are counted as lost digits, those above it as wrong results."""
+DRAWS = 4
+"""Runs with rounding errors put in, where the comparison with plain torch alone fails."""
 
 
 @dataclass
@@ -59,60 +62,6 @@ class Seen:
             )
 
 
-def mask(kind: str, length: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-    """A decision of the kind: "one", "many", "soft", or "some" weights of zero."""
-    weights = torch.rand(length, generator=generator) + 0.1
-    chosen = int(torch.randint(length, (), generator=generator))
-    if kind == "one":
-        return torch.arange(length) == chosen
-    if kind == "many":
-        return (weights > 0.5) | (torch.arange(length) == chosen)
-    if kind == "some":
-        weights = weights * ((weights > 0.5) | (torch.arange(length) == chosen))
-    return (weights / weights.sum()).to(dtype).requires_grad_()
-
-
-def train(space: Space, model: nn.Module, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """The steps of a space: what could be seen after each."""
-    mutator = Decided(model)
-    generator = torch.Generator().manual_seed(space.seed)
-    parameters = list(model.parameters())
-    optimizer: torch.optim.Optimizer = (
-        torch.optim.SGD(parameters, 1e-3, momentum=0.9, weight_decay=0.01)
-        if space.optimizer == "sgd"
-        # an epsilon this large, for Adam makes signs of the rounding errors of tiny gradients
-        else torch.optim.AdamW(parameters, 1e-4, eps=1e-2)
-    )
-    seen = []
-    for number, (batch, mode, kind) in enumerate(
-        zip(space.batches, space.modes, space.decisions, strict=True)
-    ):
-        model.train(mode)
-        choices = mutator.choices_by_key.items()
-        masks = {key: mask(kind, len(choice), generator, dtype) for key, choice in choices}
-        mutator.decide(masks)
-        x = torch.randn(batch, 3, *space.size, generator=generator).to(dtype)
-        if space.channels_last:
-            x = x.to(memory_format=torch.channels_last)
-        found = step(model, masks, (x.requires_grad_(number % 2 == 0),), {}, seed=number)
-        found.pop("changed inputs")
-        for group in ("decisions", "weights"):
-            # zeros count as None, and None as zeros: see the tests of regions
-            found[group] = {k: None if g is None or not g.any() else g for k, g in found[group].items()}
-        found["inputs"] = [None if g is None or not g.any() else g for g in found["inputs"]]
-        if mode:
-            for parameter in parameters:
-                if parameter.grad is not None and not parameter.grad.any():
-                    parameter.grad = None
-            optimizer.step()
-        found["parameters"] = {**dict(model.named_parameters())}
-        seen.append(detached(found))
-        if number == 0:
-            # out and back in
-            model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()})
-    return seen
-
-
 def check(space: Space, seen: Seen) -> None:
     """Raise Failure where compiled and eager differ."""
     exact = train(space, build(space).double(), torch.float64)
@@ -131,7 +80,7 @@ def check(space: Space, seen: Seen) -> None:
     actual = train(space, compiled, torch.float32)
     _no_islands(compiled)
     seen.note(compiled)
-    _compare_single(actual, reference, exact)
+    _compare_single(space, actual, reference, exact)
     _autocast(space, compiled)
 
 
@@ -140,18 +89,35 @@ def _no_islands(compiled: nascompile.CompiledModel) -> None:
         raise Failure("trace", str(compiled.islands[0]))
 
 
-def _compare_single(actual: list[Any], reference: list[Any], exact: list[Any]) -> None:
-    worst = (0.0, "", 0.0)
-    for number, (one, plain, right) in enumerate(zip(actual, reference, exact, strict=True)):
-        allowed = numerics.FACTOR * max(
-            numerics.FLOORS[torch.float32], *(_error(plain[group], right[group]) for group in right)
-        )
+def _compare_single(space: Space, actual: list[Any], reference: list[Any], exact: list[Any]) -> None:
+    worst = _worst(actual, exact, [reference])
+    if not worst.ratio <= 1:
+        # one eager run may be lucky: what the program does to rounding errors decides
+        worst = _worst(actual, exact, [reference, *(roughly(space, draw) for draw in range(DRAWS))])
+    if not worst.ratio <= 1:
+        raise Failure("imprecise" if worst.error < IMPRECISE else "wrong", worst.text)
+
+
+@dataclass(frozen=True)
+class Worst:
+    """The largest error, as a multiple of what is allowed."""
+
+    ratio: float
+    error: float
+    text: str
+
+
+def _worst(actual: list[Any], exact: list[Any], references: list[list[Any]]) -> Worst:
+    worst = Worst(0.0, 0.0, "")
+    for number, (one, right) in enumerate(zip(actual, exact, strict=True)):
+        others = (_error(other[number][group], right[group]) for other in references for group in right)
+        allowed = numerics.FACTOR * max(numerics.FLOORS[torch.float32], *others)
         for group in right:
             error = _error(one[group], right[group])
-            if not error <= allowed and not error / allowed <= worst[0]:
-                worst = error / allowed, f"fp32, step {number}, {group}: {error:.2g} > {allowed:.2g}", error
-    if worst[1]:
-        raise Failure("imprecise" if worst[2] < IMPRECISE else "wrong", worst[1])
+            if not error / allowed <= worst.ratio:
+                text = f"fp32, step {number}, {group}: {error:.2g} > {allowed:.2g}"
+                worst = Worst(error / allowed, error, text)
+    return worst
 
 
 def _error(value: Any, exact: Any) -> float:
@@ -166,9 +132,9 @@ def _error(value: Any, exact: Any) -> float:
 def _autocast(space: Space, compiled: nascompile.CompiledModel) -> None:
     model = compiled._eager
     model.eval()
-    x = torch.randn(2, 3, *space.size, generator=torch.Generator().manual_seed(1))
+    inputs = images(space, 2, torch.Generator().manual_seed(1), torch.float32)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        expected, actual = tensors(model(x)), tensors(compiled(x))
+        expected, actual = tensors(model(*inputs)), tensors(compiled(*inputs))
     for one, right in zip(actual, expected, strict=True):
         if one.dtype != right.dtype:
             raise Failure("wrong", f"autocast: {one.dtype} instead of {right.dtype}")

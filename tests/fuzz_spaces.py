@@ -40,11 +40,18 @@ class Edge:
     choose: tuple[int, ...] = ()
     reduction: str = "sum"
     key: str | None = None
+    choose_reduction: str = "sum"
+    choose_key: str | None = None
 
 
 @dataclass(frozen=True)
 class Space:
-    """A model, and what is done with it: one step for every batch size, mode and kind of decision."""
+    """A model, and what is done with it: one step for every batch size, mode and kind of decision.
+
+    second: what becomes of a second input, "added" or "chosen", or "". loss: of "all" outputs at once, the
+    "first", the "last", or "one by one". gradients: "fresh" in every step, "zeroed" or "accumulated" over two
+    passes. frozen: which parameters want no gradient.
+    """
 
     channels: int
     size: tuple[int, int]
@@ -57,6 +64,16 @@ class Space:
     optimizer: str = "sgd"
     channels_last: bool = False
     seed: int = 0
+    second: str = ""
+    loss: str = "all"
+    gradients: str = "fresh"
+    frozen: str = "none"
+
+    @property
+    def inner_size(self) -> tuple[int, int]:
+        """Height and width of the values."""
+        height, width = self.size
+        return ((height + 1) // 2, (width + 1) // 2) if self.reduce else self.size
 
 
 def _plain(conv: Callable[[int], nn.Module]) -> Callable[[int], nn.Module]:
@@ -122,13 +139,24 @@ class Net(nn.Module):
             layers: Any = [every[name](c) for name in edge.candidates]
             self.ops.append(LayerChoice(layers, reduction=edge.reduction, key=edge.key))
             self.after.append(every[edge.after](c))
-            self.choose.append(InputChoice(n_candidates=len(edge.choose)) if edge.choose else nn.Identity())
+            self.choose.append(
+                InputChoice(
+                    n_candidates=len(edge.choose), reduction=edge.choose_reduction, key=edge.choose_key
+                )
+                if edge.choose
+                else nn.Identity()
+            )
+        self.second = InputChoice(n_candidates=2) if space.second == "chosen" else None
         values = len(space.edges) + 1
         self.last = nn.Conv2d(c * values, c, 1) if space.end == "cat" else nn.Identity()
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, x: Tensor, z: Tensor | None = None) -> Any:
         x = self.stem(x)
-        values = [x if self.reduce is None else self.reduce(x)]
+        if self.reduce is not None:
+            x = self.reduce(x)
+        if z is not None:
+            x = x + z if self.second is None else self.second([x, z])
+        values = [x]
         for edge, op, after, choose in zip(self.space.edges, self.ops, self.after, self.choose, strict=True):
             x = choose([values[i] for i in edge.choose]) if edge.choose else values[edge.source]
             y = op(op(x)) if edge.how == "twice" else op(x)
@@ -176,7 +204,7 @@ def draw(seed: int) -> Space:
         batch = max(batch, 2)
     last = max(1 if smallest > 1 else 2, batch - 1)
     edges = tuple(_edge(rng, number) for number in range(rng.randint(1, 5)))
-    return Space(
+    space = Space(
         channels,
         size,
         edges,
@@ -188,6 +216,27 @@ def draw(seed: int) -> Space:
         rng.choice(["sgd", "adam"]),
         rng.random() < 0.2,
         seed,
+    )
+    # drawn after all that, so that a seed keeps its layers
+    return replace(
+        space,
+        edges=tuple(_choosing(rng, edge) for edge in space.edges),
+        second=rng.choice(["", "", "added", "chosen"]),
+        loss=rng.choice(["all", "all", "first", "last", "one by one"]),
+        gradients=rng.choice(["fresh", "fresh", "zeroed", "accumulated"]),
+        frozen=rng.choice(["none", "none", "none", "some", "all", "by turns", "at last"]),
+    )
+
+
+def _choosing(rng: random.Random, edge: Edge) -> Edge:
+    """With reductions and keys for the choice of inputs, and another reduction for a shared key."""
+    reduction = rng.choice(["sum", "mean"]) if edge.key is not None and rng.random() < 0.5 else edge.reduction
+    key = rng.choice([None, f"shared_{('two', 'three')[len(edge.choose) - 2]}"]) if edge.choose else None
+    return replace(
+        edge,
+        reduction=reduction,
+        choose_reduction=rng.choice(["sum", "sum", "mean"]),
+        choose_key=key if rng.random() < 0.4 else None,
     )
 
 
@@ -207,7 +256,6 @@ def _edge(rng: random.Random, number: int) -> Edge:
         rng.choice(AFTER) if rng.random() < 0.5 else "",
         rng.choice(values) if rng.random() < 0.3 else None,
         choose if len(choose) > 1 else (),
-        # those of one key agree: what happens where they do not has a test of its own
         "mean" if key == "shared_three" else "sum" if key else rng.choice(["sum", "sum", "mean"]),
         key,
     )
@@ -236,7 +284,8 @@ def smaller(space: Space) -> Iterator[Space]:
         ]
         plain: tuple[dict[str, Any], ...] = (
             *({"how": "op"}, {"after": ""}, {"reads": None}),
-            *({"choose": ()}, {"reduction": "sum"}, {"key": None}),
+            *({"choose": (), "choose_key": None}, {"reduction": "sum"}, {"key": None}),
+            *({"choose_reduction": "sum"}, {"choose_key": None}),
         )
         simpler += [replace(edge, **change) for change in plain]
         for one in simpler:
@@ -244,6 +293,7 @@ def smaller(space: Space) -> Iterator[Space]:
                 yield replace(space, edges=(*space.edges[:index], one, *space.edges[index + 1 :]))
     changes: tuple[dict[str, Any], ...] = (
         *({"reduce": ()}, {"end": "last"}, {"optimizer": "sgd"}, {"channels_last": False}),
+        *({"second": ""}, {"loss": "all"}, {"gradients": "fresh"}, {"frozen": "none"}),
         *({"channels": 8}, {"size": (4, 4)}, {"batches": (2,) * len(space.batches)}),
     )
     for change in changes:

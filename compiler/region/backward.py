@@ -98,6 +98,9 @@ class Backward(MapGradients):
             self._mask(value, place, stored.activation, flag)
         elif stored.activation != Activation.none:
             self._unstage(value, place, stored, flag)
+        if self.wanted.decision:
+            for weight, term_flag in self.forward.zeros.get(value, ()):
+                self._reach_decision(weight, self.flags.all_of([flag, term_flag]))
         terms = [t for t in stored.terms if self._matters(t)]
         sums = self._reduce(value, place, terms, flag)
         for term in terms:
@@ -146,7 +149,7 @@ class Backward(MapGradients):
     def _decision(self, term: TermOf, channels: int, sums: dict[TermOf | None, int], flag: int) -> None:
         assert term.weight is not None
         slot, number = self.settings.slot(term.weight), self.tensor("grad decision")
-        self._reach(("decision", term.weight.key), flag)
+        self._reach_decision(term.weight, flag)
         vectors = None if term.norm is None else self.forward.vectors[term.norm]
         total = NONE if term.norm is None else sums[None]
 

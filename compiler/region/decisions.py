@@ -21,15 +21,14 @@ from nascompile.compiler.region.ir import Weight
 class Decisions:
     """selections: by key. is_weighted: for every choice. chosen: the candidates that take part.
 
-    vectors: for every key with weights, in order, the weights of all its candidates; of a mean they
-    are already divided by the number chosen. means: the keys of means.
+    vectors: by key and whether it is for means, in order, the weights of all candidates; those for means are
+    divided by the number chosen.
     """
 
     selections: dict[str, Selection]
     is_weighted: tuple[bool, ...]
     chosen: frozenset[Weight]
-    vectors: dict[str, Tensor]
-    means: frozenset[str]
+    vectors: dict[tuple[str, bool], Tensor]
 
 
 class Decided(Mutator):
@@ -60,16 +59,13 @@ def read_decisions(choices: Sequence[LoweredChoice], executor: Executor) -> Deci
             selections[choice.key] = mutator.selection(choice.key, len(choice))[0]
         elif len(choice) != choice_length(choices, choice.key):
             return f"choices of the key {choice.key!r} differ in length"
-        elif len({t.choice.reduction for t in choices if t.choice.key == choice.key}) > 1:
-            return f"choices of the key {choice.key!r} differ in their reduction"
         if not selections[choice.key].indices:
             return f"the decision chooses nothing for {choice.key!r}"
         if is_layer and any(choice[index] is None for index in selections[choice.key].indices):
             return f"a candidate of {choice.key!r} that is None is chosen"
     weighted = tuple(selections[t.choice.key].weights is not None for t in choices)
     chosen = frozenset(Weight(key, index) for key, s in selections.items() for index in s.indices)
-    means = frozenset(t.choice.key for t in choices if t.choice.reduction == "mean")
-    return Decisions(selections, weighted, chosen, _vectors(choices, selections, executor), means)
+    return Decisions(selections, weighted, chosen, _vectors(choices, selections, executor))
 
 
 def choice_length(choices: Sequence[LoweredChoice], key: str) -> int:
@@ -79,17 +75,17 @@ def choice_length(choices: Sequence[LoweredChoice], key: str) -> int:
 
 def _vectors(
     choices: Sequence[LoweredChoice], selections: Mapping[str, Selection], executor: Executor
-) -> dict[str, Tensor]:
-    vectors: dict[str, Tensor] = {}
+) -> dict[tuple[str, bool], Tensor]:
+    vectors: dict[tuple[str, bool], Tensor] = {}
     for target in choices:
         key, selection = target.choice.key, selections[target.choice.key]
-        if key in vectors:
-            continue
         is_mean = target.choice.reduction == "mean"
+        if (key, is_mean) in vectors:
+            continue
         weights = selection.weights
         if weights is None and is_mean:
             weights = torch.ones(len(target.choice))
         if weights is not None:
             weights = weights.to(device=executor.device, dtype=executor.dtype)
-            vectors[key] = weights / len(selection.indices) if is_mean else weights
+            vectors[key, is_mean] = weights / len(selection.indices) if is_mean else weights
     return vectors

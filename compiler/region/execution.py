@@ -11,12 +11,20 @@ from torch import Tensor
 from nascompile.compiler.decision import Selection
 from nascompile.compiler.mutables import forced_mutator
 from nascompile.compiler.region.decisions import Decided, Decisions
-from nascompile.compiler.region.executors import Executor
-from nascompile.compiler.region.flags import NEVER, WITH_PARAMETERS, WITHOUT_PARAMETERS, as_tensor
+from nascompile.compiler.region.executors import NATIVE, Executor
+from nascompile.compiler.region.flags import (
+    NEVER,
+    WITH_PARAMETERS,
+    WITHOUT_PARAMETERS,
+    as_tensor,
+    gradient_of_output,
+)
 from nascompile.compiler.region.gradients import Wanted
 from nascompile.compiler.region.ir import Conv, Graph, Norm, TensorRef, Weight
 from nascompile.compiler.region.plan import Direction, Plan
+from nascompile.compiler.region.profiling import active
 from nascompile.kernels.plan.program import ALIGNMENT
+from nascompile.kernels.plan.run import run_timed
 
 FLAG_LIMIT = 4096
 """Decisions whose flags are kept."""
@@ -119,6 +127,9 @@ class Execution:
             asked = [("grad", ref) for ref in self.parameters] + [("grad input", i) for _, i in sources]
             names = [*common, *(("grad output", index) for index in outputs), *asked, "grad decision"]
             self._backward = _places(names, plan.backward)
+            loaded = set(plan.backward.tensors)
+            self.constant = [index for index in outputs if ("grad output", index) not in loaded]
+            """The outputs that lead to nothing that wants a gradient, whatever is decided."""
 
     def lease(self) -> Lease:
         """A slab for one run forward and backward."""
@@ -158,10 +169,6 @@ class Execution:
         buffers = [ref.value if updates else ref.value.clone() for ref in self.buffers]
         return [*known[:-1], *buffers, *(ref.value for ref in self._frozen), known[-1]]
 
-    def zeros(self, shape: tuple[int, ...]) -> Tensor:
-        """A gradient that is zero."""
-        return self._new_like(shape).zero_()
-
     def _new_like(self, shape: tuple[int, ...]) -> Tensor:
         size = (self.plan.settings.images, *shape)
         return torch.empty(size, memory_format=self.memory_format, **self.options)
@@ -176,16 +183,20 @@ class Execution:
         slab: Tensor,
         chosen: frozenset[Weight],
         known: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        *,
-        parameters: bool,
+        grads: Sequence[Tensor | None],
     ) -> list[Tensor | None]:
         """Run the backward program: the gradients of the decision, the inputs and the parameters, None for
-        those that the decision does not reach. Without `parameters` nothing is computed for weights alone."""
+        those that nothing reaches. `chosen`: the decision and `asked_for`; grads: None for the outputs
+        without a gradient."""
         direction = self.plan.backward
         assert direction is not None
-        chosen |= {WITH_PARAMETERS if parameters else WITHOUT_PARAMETERS}
-        dense = [grad.contiguous(memory_format=self.memory_format) for grad in grads]
+        dense = [
+            # the program loads them all; the flags leave out what only missing ones would need
+            self._new_like(value.shape).zero_()
+            if grad is None
+            else grad.contiguous(memory_format=self.memory_format)
+            for grad, value in zip(grads, self.plan.graph.outputs, strict=True)
+        ]
         values = self.flags(chosen)[1]
         has = [self.is_reached(what, values) for what in self.gradients]
         count = len(self.parameters)
@@ -228,7 +239,13 @@ class Execution:
         taken = [tensors[place] for place in places]
         flags = self.flags(chosen)[0]
         work = self._memory.lease(self._work, self.executor)
-        self.executor.run(direction.program, direction.encoded, slab, _slab(work), flags, taken)
+        arguments = (direction.program, direction.encoded, slab, _slab(work), flags, taken)
+        profile = active()
+        if profile is not None and self.executor is NATIVE:
+            name = "forward" if direction is self.plan.forward else "backward"
+            profile.add(name, direction.program, run_timed(*arguments))
+        else:
+            self.executor.run(*arguments)
         work.give_back()
 
 
@@ -293,6 +310,7 @@ class RunPlan(torch.autograd.Function):
         known = _known(execution, *_parts(ctx, args))
         outputs = execution.forward(_slab(ctx.lease), decisions.chosen, known)
         ctx.save_for_backward(*args)
+        ctx.mark_non_differentiable(*(outputs[index] for index in execution.constant))
         return tuple(outputs)
 
     @staticmethod
@@ -302,9 +320,6 @@ class RunPlan(torch.autograd.Function):
             return (None,) * (3 + len(args))
         vectors, tensors, parameters = _parts(ctx, args)
         execution, chosen = ctx.execution, ctx.decisions.chosen
-        shapes = [value.shape for value in execution.plan.graph.outputs]
-        pairs = zip(grads, shapes, strict=True)
-        grads = tuple(execution.zeros(shape) if grad is None else grad for grad, shape in pairs)
         if torch.is_grad_enabled():
             return (None, None, None, *_differentiable(ctx, vectors, tensors, parameters, grads))
         known = _known(execution, vectors, tensors, parameters)
@@ -312,10 +327,10 @@ class RunPlan(torch.autograd.Function):
             # the first backward has used the memory up
             ctx.lease = execution.lease()
             execution.forward(_slab(ctx.lease), chosen, known, updates=False)
-        wants = any(_is_asked_for(parameter) for parameter in parameters)
-        decision, *found = execution.backward(_slab(ctx.lease), chosen, known, grads, parameters=wants)
+        chosen |= asked_for(parameters, grads)
+        decision, *found = execution.backward(_slab(ctx.lease), chosen, known, grads)
         ctx.lease.give_back()
-        found = [*_by_key(execution, ctx.decisions, decision), *found]
+        found = [*_by_key(execution, ctx.decisions, chosen, decision), *found]
         needed = ctx.needs_input_grad[3:]
         return (None, None, None, *(g if needs else None for g, needs in zip(found, needed, strict=True)))
 
@@ -326,14 +341,23 @@ def _parts(ctx: Any, args: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence
     return args[:first], args[first:second], args[second:]
 
 
-def _by_key(execution: Execution, decisions: Decisions, gradient: Tensor | None) -> list[Tensor | None]:
-    """The decision's gradient, one vector a key; None where no candidate of the key is reached."""
+def asked_for(parameters: Sequence[Tensor], grads: Sequence[Tensor | None]) -> frozenset[Weight]:
+    """What the backward pass that is running chooses, by the gradients it goes on to and those it has."""
+    wants = any(_is_asked_for(parameter) for parameter in parameters)
+    given = (gradient_of_output(index) for index, grad in enumerate(grads) if grad is not None)
+    return frozenset((WITH_PARAMETERS if wants else WITHOUT_PARAMETERS, *given))
+
+
+def _by_key(
+    execution: Execution, decisions: Decisions, chosen: frozenset[Weight], gradient: Tensor | None
+) -> list[Tensor | None]:
+    """The decision's gradient, one piece for each vector; None where no candidate of it is reached."""
     if gradient is None:
         return [None] * len(decisions.vectors)
-    values = execution.flags(decisions.chosen)[1]
+    values = execution.flags(chosen)[1]
     pieces = gradient.split([vector.numel() for vector in decisions.vectors.values()])
     return [
-        piece if execution.is_reached(("decision", key), values) else None
+        piece if execution.is_reached(("decision", *key), values) else None
         for key, piece in zip(decisions.vectors, pieces, strict=True)
     ]
 
@@ -355,17 +379,18 @@ def _differentiable(
     vectors: Sequence[Tensor],
     tensors: Sequence[Tensor],
     parameters: Sequence[Tensor],
-    grads: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
 ) -> list[Any]:
     """The gradients as functions of everything, for `create_graph=True`: by autograd, through the region op
     by op."""
     execution = ctx.execution
     selections = dict(ctx.decisions.selections)
-    for key, vector in zip(ctx.decisions.vectors, vectors, strict=True):
+    for (key, is_mean), vector in zip(ctx.decisions.vectors, vectors, strict=True):
         selection = selections[key]
-        if selection.weights is not None:
+        # of two vectors one is enough: autograd adds up what both lead to
+        if selection.weights is not None and not (is_mean and (key, False) in ctx.decisions.vectors):
             # a mean divides by the number chosen once more
-            factor = len(selection.indices) if key in ctx.decisions.means else 1
+            factor = len(selection.indices) if is_mean else 1
             selections[key] = Selection(selection.indices, vector * factor)
     # copies of the running statistics, for the step has updated them already
     kept = [(ref, ref.value) for ref in execution.buffers]
@@ -378,7 +403,23 @@ def _differentiable(
         for ref, tensor in kept:
             ref.module._buffers[ref.name] = tensor
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    pairs = [
+        (out, grad)
+        for out, grad in zip(outputs, grads, strict=True)
+        # what is chosen may lead to nothing that wants a gradient
+        if grad is not None and out.requires_grad
+    ]
     inputs = [*vectors, *tensors, *parameters]
     wanted = [tensor for tensor in inputs if tensor.requires_grad]
-    found = iter(torch.autograd.grad(outputs, wanted, list(grads), create_graph=True, allow_unused=True))
+    if not pairs:
+        return [None] * len(inputs)
+    found = iter(
+        torch.autograd.grad(
+            [out for out, _ in pairs],
+            wanted,
+            [grad for _, grad in pairs],
+            create_graph=True,
+            allow_unused=True,
+        )
+    )
     return [next(found) if tensor.requires_grad else None for tensor in inputs]

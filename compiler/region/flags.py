@@ -20,6 +20,11 @@ WITHOUT_PARAMETERS = Weight("gradients of parameters", 0)
 """Chosen, one of the two, by each backward run: whether anyone asks for the gradients of the parameters."""
 
 
+def gradient_of_output(index: int) -> Weight:
+    """Chosen by each backward run for the outputs that have a gradient."""
+    return Weight("gradients of outputs", index)
+
+
 class Flags:
     """Flags by number: a chosen candidate, or "all of" and "any of" earlier flags."""
 

@@ -218,6 +218,8 @@ class Forward(MapTasks):
         """The terms that `value`, times a weight, adds to a sum."""
         op = value.op
         if isinstance(op, Zero):
+            if weight is not None:
+                self.zeros.setdefault(root, []).append((weight, flag))
             return
         if isinstance(op, Sum) and (value is root or self.is_merged_sum(value)):
             for info, part in zip(op.terms, value.inputs, strict=True):

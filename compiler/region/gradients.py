@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
-from nascompile.compiler.region.flags import ALWAYS, NEVER, WITH_PARAMETERS
+from nascompile.compiler.region.flags import ALWAYS, NEVER, WITH_PARAMETERS, gradient_of_output
 from nascompile.compiler.region.forward import Forward
 from nascompile.compiler.region.ir import (
     Conv,
@@ -22,6 +22,7 @@ from nascompile.compiler.region.ir import (
     Sum,
     TensorRef,
     Value,
+    Weight,
 )
 from nascompile.compiler.region.memory import Buffer, Place
 from nascompile.compiler.region.storage import ConvOf, TermOf
@@ -181,7 +182,9 @@ class Gradients:
         strides, segments = self.settings.strides(value.shape), value.layout.segments
         adds = int(self._has_begun(place))
         self._begun.update(place.cells())
-        self._of[value].flags.append(ALWAYS)
+        # backward does not run without any gradient
+        is_alone = len(self.graph.outputs) == 1
+        self._of[value].flags.append(ALWAYS if is_alone else self.flags.chosen(gradient_of_output(index)))
         self._step(
             f"load gradient {index}",
             lambda _: Load(number, *strides, segments, place.map(), adds),
@@ -253,6 +256,9 @@ class Gradients:
 
     def _reach(self, ref: Hashable, flag: int) -> None:
         self.reached[ref] = self.flags.any_of([flag, self.reached.get(ref, NEVER)])
+
+    def _reach_decision(self, weight: Weight, flag: int) -> None:
+        self._reach(("decision", weight.key, weight.of_mean), flag)
 
     def _unpack(self) -> None:
         """From the chunks' sums to the gradient tensors of the weights."""

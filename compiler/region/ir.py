@@ -60,10 +60,12 @@ class Constants(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """The decision's weight of candidate `index` of the choice called `key`."""
+    """The decision's weight of candidate `index` of the choice called `key`; that `of_mean` is divided by
+    the number chosen."""
 
     key: str
     index: int
+    of_mean: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,6 +124,8 @@ def _weigh(
     if len(shapes) > 1:
         raise Unsupported(f"the candidates of {choice.key!r} return images of {sorted(shapes)}")
     # the mean over the chosen is a sum with weights
-    weighted = is_weighted or choice.reduction == "mean"
-    infos = tuple(TermInfo(weight if weighted else None, (weight,)) for weight in weights)
+    is_mean = choice.reduction == "mean"
+    scales = [Weight(weight.key, weight.index, is_mean) for weight in weights]
+    pairs = zip(scales if is_weighted or is_mean else [None] * len(weights), weights, strict=True)
+    infos = tuple(TermInfo(scale, (weight,)) for scale, weight in pairs)
     return graph.add(Sum(infos), outputs, outputs[0].shape, None)

@@ -156,9 +156,9 @@ class Region:
         )
         images = tensors[0].shape[0]
         slots: dict[Weight, int] = {}
-        for key in decisions.vectors:
+        for key, is_mean in decisions.vectors:
             for index in range(choice_length(self.choices, key)):
-                slots[Weight(key, index)] = len(slots)
+                slots[Weight(key, index, is_mean)] = len(slots)
         wanted = self._wanted(graph, tensors, decisions) if grad and graph.outputs else None
         if wanted is not None and not (any(wanted.inputs) or wanted.parameters or wanted.decision):
             wanted = None

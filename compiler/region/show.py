@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from typing import Any
 
 from nascompile.compiler.region.plan import Direction, Plan
 from nascompile.kernels.plan.steps import (
@@ -115,6 +117,13 @@ def _what(step: Step) -> str:
             return f"gate gradient {_map(step.gradient)} with {_map(step.image)} -> {_map(step.target)}"
         case Pick():
             return f"pick {step.count} channels {_map(step.source)} -> {_map(step.target)}"
+
+
+def label(operation: Any) -> str:
+    """What an operation is, and the shapes it works on, without places: equal for steps that cost the
+    same."""
+    text = _what(operation) if isinstance(operation, Step) else type(operation).__name__
+    return re.sub(r"(slab|scratch)\+\d+ |tensor \d+", "", text).strip()
 
 
 def _kernel(step: Convolve | ConvolveBackward) -> str:

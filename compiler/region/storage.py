@@ -100,6 +100,8 @@ class Storage:
         self.buffers: list[Buffer] = []
         self.places: dict[Value, Place] = {}
         self.stored: dict[Value, Stored] = {}
+        # the weights of zeros in stored sums, and when they take part
+        self.zeros: dict[Value, list[tuple[Weight, int]]] = {}
         self.convs: dict[Value, ConvOf] = {}
         self.vectors: dict[Value, Buffer] = {}
         self.indices: dict[Value, Buffer] = {}

@@ -12,6 +12,11 @@ int64_t forward_rows(const plan::Convolve& step) {
   return tile_rows(through_tile ? kTileFloats / step.x.channels : kTilePixels, step.y.height, step.y.width);
 }
 
+// What has moments waits for those of the whole batch before anyone reads it.
+bool streams(const plan::Convolve& step, const plan::Image& image) {
+  return image.streams && step.moments != plan::kNone && step.y.space == plan::kSlab;
+}
+
 }  // namespace
 
 int64_t plan_convolve_tile(const plan::Convolve& step, const int64_t*) {
@@ -29,7 +34,7 @@ void plan_convolve(const plan::Convolve& step, const plan::Image& image) {
       x.channels,
       false};
   const Dense mixing{
-      step.taps.in(image.program), step.taps.count, image.slab + step.weights, x.channels, y.channels, false};
+      step.taps.in(image.program), step.taps.count, image.slab + step.weights, x.channels, y.channels, false, streams(step, image)};
   const Moments none(nullptr, nullptr, 0);
   const Moments moments(image.tile, step.moments == plan::kNone ? nullptr : image.sums + step.moments, y.channels);
   float* const tile = image.tile + 3 * y.channels;

@@ -112,7 +112,7 @@ void make_dx(const plan::ConvolveBackward& step, const plan::Image& image) {
       depthwise({taps, grid.taps.count, weights, step.x.channels, step.adds != 0}, all, none);
     } else {
       const float* const weights = image.slab + step.weights_transposed;
-      dense({taps, grid.taps.count, weights, step.y_channels, step.x.channels, step.adds != 0}, all, none);
+      dense({taps, grid.taps.count, weights, step.y_channels, step.x.channels, step.adds != 0, false}, all, none);
     }
   }
 }
@@ -182,7 +182,7 @@ void plan_convolve_backward(const plan::ConvolveBackward& step, const plan::Imag
         back.source_row = tile.target_row;
         back.source_pixel = step.y_channels;
         const float* const weights = image.slab + step.weights_transposed;
-        dense({taps, 1, weights, step.y_channels, x.channels, false}, back, none);
+        dense({taps, 1, weights, step.y_channels, x.channels, false, false}, back, none);
       }
     }
     if (needs_depthwise_gradient) {

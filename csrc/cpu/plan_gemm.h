@@ -6,46 +6,63 @@
 namespace nascompile::CPU_CAPABILITY {
 namespace {
 
-#ifdef CPU_CAPABILITY_AVX512
-constexpr bool kWide = true;  // 32 registers
-#else
-constexpr bool kWide = false;  // 16
-#endif
-
 // target[o] (+)= sum over taps and channels i of weights[tap.weight, i, o] * source[tap.offset + i]
+// `streams`: past the caches, for what nobody reads soon; where a vector is a cache line.
 struct Dense {
   const plan::Tap* taps;
   int64_t count;
   const float* weights;
   int64_t in, out;
-  bool adds;
+  bool adds, streams;
 };
 
 // more, and gcc 12 runs out of registers
 constexpr int kUnroll = 2;
 
-// kPixels pixels times kVecs vectors of output channels from `channel` on, all in registers.
-template <int kPixels, int kVecs>
-inline void dense_block(const Dense& call, Walk& walk, int64_t channel, const Moments& moments, bool first) {
+// Pixels that lie equally far apart.
+struct Line {
+  const float* source;
+  int64_t source_pixel;
+  float* target;
+  int64_t target_pixel;
+
+  const float* from(int pixel) const {
+    return source + pixel * source_pixel;
+  }
+  float* to(int pixel) const {
+    return target + pixel * target_pixel;
+  }
+};
+
+// The next pixels of a walk, wherever they lie.
+template <int kPixels>
+struct Steps {
   const float* source[kPixels];
   // volatile: read again when stored to, for the sums need all registers
   float* volatile target[kPixels];
-  walk.next(source, target);
-  Vec sums[kVecs][kPixels];
-#pragma GCC unroll 8
-  for (int p = 0; p < kPixels; ++p) {
-#pragma GCC unroll 3
-    for (int n = 0; n < kVecs; ++n) {
-      sums[n][p] = call.adds ? Vec::loadu(target[p] + channel + n * kLane) : Vec(0.0f);
-    }
+
+  explicit Steps(Walk& walk) {
+    walk.next(source, target);
   }
+  const float* from(int pixel) const {
+    return source[pixel];
+  }
+  float* to(int pixel) const {
+    return target[pixel];
+  }
+};
+
+// sums[n][p] += sum over taps and channels i of weights[tap.weight, i, n-th vector] * source of p[tap.offset + i]
+template <int kPixels, int kVecs, typename Pixels>
+NASCOMPILE_INLINE void multiply_streamed(
+    const Dense& call, const Pixels& pixels, int64_t channel, Vec (&sums)[kVecs][kPixels]) {
   const plan::Tap* const end = call.taps + call.count;
   for (const plan::Tap* tap = call.taps; tap != end; ++tap) {
     const float* weights = call.weights + tap->weight * call.in * call.out + channel;
     const float* values[kPixels];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int p = 0; p < kPixels; ++p) {
-      values[p] = source[p] + tap->offset;
+      values[p] = pixels.from(p) + tap->offset;
     }
     for (int64_t i = 0; i < call.in; i += kUnroll) {
 #pragma GCC unroll 2
@@ -56,7 +73,7 @@ inline void dense_block(const Dense& call, Walk& walk, int64_t channel, const Mo
           weight[n] = Vec::loadu(weights + n * kLane);
         }
         weights += call.out;
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int p = 0; p < kPixels; ++p) {
           const Vec value(values[p][i + u]);
 #pragma GCC unroll 3
@@ -67,11 +84,73 @@ inline void dense_block(const Dense& call, Walk& walk, int64_t channel, const Mo
       }
     }
   }
+}
+
+// The weights of one tap from 16 channels to one vector, which stay in registers for all pixels.
+struct Held {
+  static constexpr int kIn = 16;
+
+  Vec rows[kIn];
+
+  Held(const Dense& call, int64_t channel) {
+    const float* const weights = call.weights + call.taps->weight * kIn * call.out + channel;
+#pragma GCC unroll 16
+    for (int i = 0; i < kIn; ++i) {
+      rows[i] = Vec::loadu(weights + i * call.out);
+    }
+  }
+  static bool fits(const Dense& call) {
+    return kWide && call.count == 1 && call.in == kIn;
+  }
+
+  template <int kPixels, typename Pixels>
+  NASCOMPILE_INLINE void multiply(const Dense& call, const Pixels& pixels, int64_t, Vec (&sums)[1][kPixels]) const {
+    const int64_t offset = call.taps->offset;
+#pragma GCC unroll 16
+    for (int i = 0; i < kIn; ++i) {
+#pragma GCC unroll 8
+      for (int p = 0; p < kPixels; ++p) {
+        sums[0][p] = at::vec::fmadd(Vec(pixels.from(p)[offset + i]), rows[i], sums[0][p]);
+      }
+    }
+  }
+};
+
+// Weights that are loaded for every block of pixels.
+struct Streamed {
+  template <int kPixels, int kVecs, typename Pixels>
+  NASCOMPILE_INLINE void multiply(
+      const Dense& call, const Pixels& pixels, int64_t channel, Vec (&sums)[kVecs][kPixels]) const {
+    multiply_streamed<kPixels, kVecs>(call, pixels, channel, sums);
+  }
+};
+
+// kPixels pixels times kVecs vectors of output channels from `channel` on, all in registers.
+template <int kPixels, int kVecs, typename Weights, typename Pixels>
+NASCOMPILE_INLINE void dense_block(
+    const Dense& call, const Weights& weights, const Pixels& pixels, int64_t channel, const Moments& moments,
+    bool first) {
+  Vec sums[kVecs][kPixels];
+#pragma GCC unroll 16
+  for (int p = 0; p < kPixels; ++p) {
+#pragma GCC unroll 3
+    for (int n = 0; n < kVecs; ++n) {
+      sums[n][p] = call.adds ? Vec::loadu(pixels.to(p) + channel + n * kLane) : Vec(0.0f);
+    }
+  }
+  weights.multiply(call, pixels, channel, sums);
 #pragma GCC unroll 3
   for (int n = 0; n < kVecs; ++n) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int p = 0; p < kPixels; ++p) {
-      sums[n][p].store(target[p] + channel + n * kLane);
+      float* const to = pixels.to(p) + channel + n * kLane;
+#ifdef CPU_CAPABILITY_AVX512
+      if (call.streams) {
+        _mm512_stream_ps(to, sums[n][p]);
+        continue;
+      }
+#endif
+      sums[n][p].store(to);
     }
     if (moments) {
       moments.add(sums[n], channel + n * kLane, first);
@@ -79,21 +158,42 @@ inline void dense_block(const Dense& call, Walk& walk, int64_t channel, const Mo
   }
 }
 
-template <int kPixels, int kVecs>
-inline void dense_channels(const Dense& call, const Rectangle& all, int64_t channel, const Moments& moments) {
-  Walk walk(all);
-  blocks<kPixels>(all.pixels(), [&](int64_t at, auto count) {
-    dense_block<decltype(count)::value, kVecs>(call, walk, channel, moments, at == 0);
-  });
+template <int kPixels, int kVecs, typename Weights>
+inline void dense_channels(
+    const Dense& call, const Weights& weights, const Rectangle& all, int64_t channel, const Moments& moments) {
+  const bool is_flat =
+      all.source_row == all.columns * all.source_pixel && all.target_row == all.columns * all.target_pixel;
+  // with 16 registers the addresses of a line are one thing too many
+  if (!kWide || (!is_flat && all.columns % kPixels != 0)) {
+    Walk walk(all);
+    blocks<kPixels>(all.pixels(), [&](int64_t at, auto count) {
+      const Steps<decltype(count)::value> pixels(walk);
+      dense_block<decltype(count)::value, kVecs>(call, weights, pixels, channel, moments, at == 0);
+    });
+    return;
+  }
+  const int64_t rows = is_flat ? 1 : all.rows;
+  const int64_t columns = is_flat ? all.pixels() : all.columns;
+  for (int64_t row = 0; row < rows; ++row) {
+    Line pixels{
+        all.source + row * all.source_row, all.source_pixel, all.target + row * all.target_row, all.target_pixel};
+    blocks<kPixels>(columns, [&](int64_t at, auto count) {
+      dense_block<decltype(count)::value, kVecs>(call, weights, pixels, channel, moments, row == 0 && at == 0);
+      pixels.source += decltype(count)::value * pixels.source_pixel;
+      pixels.target += decltype(count)::value * pixels.target_pixel;
+    });
+  }
 }
 
 inline void dense(const Dense& call, const Rectangle& all, const Moments& moments) {
   int64_t channel = 0;
   for (; channel + 2 * kLane <= call.out; channel += 2 * kLane) {
-    dense_channels<kWide ? 8 : 6, 2>(call, all, channel, moments);
+    dense_channels<kWide ? 8 : 6, 2>(call, Streamed(), all, channel, moments);
   }
-  if (channel < call.out) {
-    dense_channels<8, 1>(call, all, channel, moments);
+  if (channel < call.out && Held::fits(call)) {
+    dense_channels<8, 1>(call, Held(call, channel), all, channel, moments);
+  } else if (channel < call.out) {
+    dense_channels<8, 1>(call, Streamed(), all, channel, moments);
   }
   moments.finish(all.pixels());
 }

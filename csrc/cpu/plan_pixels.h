@@ -13,6 +13,13 @@ namespace {
 
 using Vec = at::vec::Vectorized<float>;
 constexpr int64_t kLane = Vec::size();
+#ifdef CPU_CAPABILITY_AVX512
+constexpr bool kWide = true;  // 32 registers
+#else
+constexpr bool kWide = false;  // 16
+#endif
+// for what works on registers: a call would put them into memory
+#define NASCOMPILE_INLINE [[gnu::always_inline]] inline
 
 // A tile (a block of rows that later work reads again) stays within the nearest cache: 16 KiB.
 constexpr int64_t kTileFloats = 4096;

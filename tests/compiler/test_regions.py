@@ -13,7 +13,7 @@ from nascompile.mutables import InputChoice, LayerChoice
 from tests import numerics
 from tests.comparing import Decided, assert_close, assert_same, step
 from tests.compiler import region_layouts, region_models, region_patterns
-from tests.compiler.region_models import Case, SepConv, Unit
+from tests.compiler.region_models import Case, Nothing, SepConv, Unit
 from tests.compiler.region_steps import (
     assert_regions,
     assert_rounds_closer,
@@ -113,6 +113,22 @@ def test_decisions_that_are_not_reached_have_no_gradient() -> None:
     assert_same(*compared(Unreached, decisions))
 
 
+class SomeNothing(nn.Module):
+    """The decision may choose zeros alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = LayerChoice([Unit("acb", 8), Nothing(), Nothing()])
+        self.conv = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.one(x) + x)
+
+
+def test_decisions_for_zeros_have_a_gradient_of_zeros() -> None:
+    assert_same(*compared(SomeNothing, {"LayerChoice1": [0.0, 0.5, 0.5]}))
+
+
 class MixedReductions(nn.Module):
     """One decision for a mean and for a sum."""
 
@@ -125,9 +141,9 @@ class MixedReductions(nn.Module):
         return self.two(self.one(x))
 
 
-@pytest.mark.xfail(strict=True, reason="choices of one key have one vector of weights, the mean's")
-def test_one_decision_for_a_mean_and_a_sum() -> None:
-    assert_same(*compared(MixedReductions, {"shared": [0.5, 0.25]}))
+@pytest.mark.parametrize("weights", [[0.5, 0.25], [0.0, 0.75]])
+def test_one_decision_for_a_mean_and_a_sum(weights: list[float]) -> None:
+    assert_same(*compared(MixedReductions, {"shared": weights}))
 
 
 class TwoRegions(nn.Module):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -75,6 +77,26 @@ def test_only_the_gradients_that_are_needed():
     assert inputs[2].grad is not None
     assert_identical(inputs[2].grad, weights[2].detach().expand(2, 4))
     assert weights.grad is not None
+
+
+class Dropped(torch.autograd.Function):
+    """Hands nothing back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> None:
+        return None
+
+
+def test_without_a_gradient_of_the_sum_there_are_none():
+    inputs, weights = tensors(2, 2, 4), torch.randn(2).requires_grad_()
+    (Dropped.apply(mixed_sum(inputs, weights)) + inputs[1]).sum().backward()
+    assert weights.grad is None
+    assert inputs[0].grad is None
+    assert_identical(inputs[1].grad, torch.ones(2, 4))
 
 
 def test_without_a_decision_gradient_no_candidate_output_is_kept():

@@ -1,4 +1,4 @@
-"""Bytes that the kernels of a plan have to move at least, and their FLOPs, counted from its steps."""
+"""Bytes that the steps of a plan have to move at least, and their FLOPs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from nascompile.kernels.plan.program import Program
 from nascompile.kernels.plan.steps import (
+    STEPS,
     Combine,
     Convolve,
     ConvolveBackward,
@@ -47,6 +48,12 @@ def count(program: Program) -> dict[str, Traffic]:
             for kernel, floats, flops in _launches(step):
                 found[kernel] += Traffic(1, 4 * program.images * floats, program.images * flops)
     return dict(found)
+
+
+def cost(operation: Any) -> tuple[int, int]:
+    """FLOPs and bytes of one step for one image; nothing for barrier operations, which are small."""
+    launches = _launches(operation) if isinstance(operation, STEPS) else []
+    return sum(flops for _, _, flops in launches), 4 * sum(floats for _, floats, _ in launches)
 
 
 def _size(place: Map) -> int:
