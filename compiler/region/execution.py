@@ -16,6 +16,7 @@ from nascompile.compiler.region.flags import NEVER, WITH_PARAMETERS, WITHOUT_PAR
 from nascompile.compiler.region.gradients import Wanted
 from nascompile.compiler.region.ir import Conv, Graph, Norm, TensorRef, Weight
 from nascompile.compiler.region.plan import Direction, Plan
+from nascompile.compiler.region.types import Borders, Copies, live_refs, write_back
 from nascompile.kernels.plan.program import ALIGNMENT
 
 FLAG_LIMIT = 4096
@@ -23,10 +24,14 @@ FLAG_LIMIT = 4096
 
 
 class Memory:
-    """The slabs of a region's plans, used again and again: fresh pages are slow, and plans take turns."""
+    """The slabs of a region's plans, used again and again: fresh pages are slow, and plans take turns.
+
+    copies: of parameters and running statistics.
+    """
 
     def __init__(self) -> None:
         self._free: list[Tensor] = []
+        self.copies = Copies()
 
     def lease(self, floats: int, executor: Executor) -> Lease:
         """Memory of at least so many elements, until the lease is given back or forgotten."""
@@ -109,6 +114,8 @@ class Execution:
         self._work = max(self.executor.work(direction.program) for direction in directions)
         self.options: dict[str, Any] = {"dtype": self.executor.dtype, "device": self.executor.device}
         self._flags: dict[frozenset[Weight], tuple[Tensor, list[bool]]] = {}
+        self._live: dict[frozenset[Weight], frozenset[TensorRef]] = {}
+        self.borders = Borders(plan.graph)
         sources = [("input", index) for index in range(len(plan.graph.sources))]
         self._frozen = [ref for ref in _running_of(plan.graph) if ref not in set(self.buffers)]
         common = [*sources, *self.parameters, *self.buffers, *self._frozen, "decision"]
@@ -148,15 +155,39 @@ class Execution:
         """Run the forward program on inputs, parameters and decision; without `updates` on copies of the
         running statistics."""
         outputs = [self._new_like(value.shape) for value in self.plan.graph.outputs]
-        self._run(self.plan.forward, self._forward, slab, chosen, [*self._common(known, updates), *outputs])
+        values = [ref.value for ref in self.buffers]
+        buffers = self.dense(self.buffers, values, chosen)
+        if not updates:
+            buffers = [buffer.clone() for buffer in buffers]
+        tensors = [*self._common(known, buffers, chosen), *outputs]
+        self._run(self.plan.forward, self._forward, slab, chosen, tensors)
         if updates and self.buffers:
+            live = self.live(chosen)
+            write_back(values, buffers, [ref in live for ref in self.buffers])
             # the executor wrote to them behind autograd's back
-            torch.autograd.graph.increment_version([ref.value for ref in self.buffers])
+            torch.autograd.graph.increment_version(values)
         return outputs
 
-    def _common(self, known: Sequence[Tensor], updates: bool) -> list[Tensor]:
-        buffers = [ref.value if updates else ref.value.clone() for ref in self.buffers]
-        return [*known[:-1], *buffers, *(ref.value for ref in self._frozen), known[-1]]
+    def live(self, chosen: frozenset[Weight]) -> frozenset[TensorRef]:
+        """The parameters and running statistics that a decision needs."""
+        found = self._live.get(chosen)
+        if found is None:
+            if len(self._live) >= FLAG_LIMIT:
+                self._live.clear()
+            found = self._live[chosen] = live_refs(self.plan.graph, chosen)
+        return found
+
+    def dense(
+        self, refs: Sequence[TensorRef], values: Sequence[Tensor], chosen: frozenset[Weight]
+    ) -> list[Tensor]:
+        """Parameters or running statistics as the executor wants them, those that the decision needs."""
+        return self._memory.copies.of(refs, values, self.executor.dtype, self.live(chosen))
+
+    def _common(
+        self, known: Sequence[Tensor], buffers: Sequence[Tensor], chosen: frozenset[Weight]
+    ) -> list[Tensor]:
+        frozen = self.dense(self._frozen, [ref.value for ref in self._frozen], chosen)
+        return [*known[:-1], *buffers, *frozen, known[-1]]
 
     def zeros(self, shape: tuple[int, ...]) -> Tensor:
         """A gradient that is zero."""
@@ -198,7 +229,9 @@ class Execution:
             for value, there in zip(self.plan.graph.sources, has[count:], strict=True)
         ]
         decision = torch.zeros(len(self.plan.settings.slots), **self.options)
-        tensors = [*self._common(known, True), *dense, *weights, *inputs, decision]
+        # no step of a backward program reads the running statistics of this list
+        buffers = [ref.value for ref in self.buffers]
+        tensors = [*self._common(known, buffers, chosen), *dense, *weights, *inputs, decision]
         self._run(direction, self._backward, slab, chosen, tensors)
         found = zip([*weights, *inputs], has, strict=True)
         gradients = [tensor if there else None for tensor, there in found]
@@ -259,20 +292,23 @@ def call(
         return RunPlan.apply(execution, decisions, fallback, *vectors, *tensors, *parameters)
     lease = execution.lease()
     with torch.no_grad():
-        known = _known(execution, vectors, tensors, parameters)
+        known = _known(execution, decisions.chosen, vectors, tensors, parameters)
         outputs = execution.forward(_slab(lease), decisions.chosen, known)
     lease.give_back()
     return tuple(outputs)
 
 
 def _known(
-    execution: Execution, vectors: Sequence[Tensor], tensors: Sequence[Tensor], parameters: Sequence[Tensor]
+    execution: Execution,
+    chosen: frozenset[Weight],
+    vectors: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    parameters: Sequence[Tensor],
 ) -> list[Tensor]:
     """Inputs, parameters and decision as the executor wants them in memory."""
     decision = torch.cat(list(vectors)) if vectors else torch.empty(0, **execution.options)
     inputs = [tensor.contiguous(memory_format=execution.memory_format) for tensor in tensors]
-    dense = [parameter if parameter.is_contiguous() else parameter.contiguous() for parameter in parameters]
-    return [*inputs, *dense, decision]
+    return [*inputs, *execution.dense(execution.parameters, parameters, chosen), decision]
 
 
 def _slab(lease: Lease) -> Tensor:
@@ -290,7 +326,7 @@ class RunPlan(torch.autograd.Function):
         ctx.execution, ctx.decisions, ctx.fallback = execution, decisions, fallback
         ctx.ends = (len(decisions.vectors), len(args) - len(execution.parameters))
         ctx.lease = execution.lease()
-        known = _known(execution, *_parts(ctx, args))
+        known = _known(execution, decisions.chosen, *_parts(ctx, args))
         outputs = execution.forward(_slab(ctx.lease), decisions.chosen, known)
         ctx.save_for_backward(*args)
         return tuple(outputs)
@@ -307,7 +343,7 @@ class RunPlan(torch.autograd.Function):
         grads = tuple(execution.zeros(shape) if grad is None else grad for grad, shape in pairs)
         if torch.is_grad_enabled():
             return (None, None, None, *_differentiable(ctx, vectors, tensors, parameters, grads))
-        known = _known(execution, vectors, tensors, parameters)
+        known = _known(execution, chosen, vectors, tensors, parameters)
         if ctx.lease.slab is None:
             # the first backward has used the memory up
             ctx.lease = execution.lease()
@@ -317,7 +353,13 @@ class RunPlan(torch.autograd.Function):
         ctx.lease.give_back()
         found = [*_by_key(execution, ctx.decisions, decision), *found]
         needed = ctx.needs_input_grad[3:]
-        return (None, None, None, *(g if needs else None for g, needs in zip(found, needed, strict=True)))
+        triples = zip(found, args, needed, strict=True)
+        return (None, None, None, *(_as_wanted(g, arg) if needs else None for g, arg, needs in triples))
+
+
+def _as_wanted(gradient: Tensor | None, of: Tensor) -> Tensor | None:
+    """A gradient in the type of what it belongs to."""
+    return gradient if gradient is None or gradient.dtype == of.dtype else gradient.to(of.dtype)
 
 
 def _parts(ctx: Any, args: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
