@@ -172,7 +172,8 @@ def executor_for(tensors: Sequence[Any]) -> Executor | str:
     working = working_type(types)
     suitable = [e for e in EXECUTORS if (e.device, e.dtype) == (device, working)]
     if not suitable:
-        return f"no plan on {device} takes images of {' and '.join(map(str, types))}, they compute in fp32"
+        found = " and ".join(map(str, types))
+        return f"there is no plan for images in {found} on {device}: plans are for fp32, bf16 and fp16"
     reasons = [executor.why_not() for executor in suitable]
     return next((e for e, why in zip(suitable, reasons, strict=True) if why is None), reasons[0] or "")
 

@@ -93,24 +93,28 @@ def _returned(
             return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def _operation(op: Any, types: Sequence[torch.dtype]) -> tuple[str, tuple[torch.dtype | None, ...]]:
-    """Which of `_OPERATIONS` an operation on images of these types is, and the types of all it takes."""
-    if isinstance(op, Conv):
-        return "convolution", (types[0], op.weight.value.dtype)
-    if isinstance(op, Norm) and op.running_mean is None and not op.by_batch:
+Question = tuple[str, tuple[torch.dtype | None, ...]]
+"""One of `_OPERATIONS`, and the types of all it takes."""
+
+
+def _norm_question(op: Norm, types: Dtypes) -> Question:
+    if op.running_mean is None and not op.by_batch:
         assert op.beta is not None
-        return "bias", (types[0], op.beta.value.dtype)
-    if isinstance(op, Norm):
-        refs = (op.running_mean, op.running_var, op.gamma, op.beta)
-        vectors = (None if ref is None else ref.value.dtype for ref in refs)
-        return "BatchNorm over the batch" if op.by_batch else "BatchNorm", (types[0], *vectors)
-    if isinstance(op, Act):
-        return "ReLU6" if op.kind == Activation.relu6 else "ReLU", (types[0],)
-    if isinstance(op, PoolOp):
-        return "max pooling" if op.is_max else "average pooling", (types[0],)
-    if isinstance(op, Cat | Sum):
-        return "concatenation" if isinstance(op, Cat) else "sum", tuple(dict.fromkeys(types))
-    raise Unsupported(f"regions do not know what type {type(op).__name__} returns")
+        return "bias", (*types, op.beta.value.dtype)
+    refs = (op.running_mean, op.running_var, op.gamma, op.beta)
+    vectors = (None if ref is None else ref.value.dtype for ref in refs)
+    return "BatchNorm over the batch" if op.by_batch else "BatchNorm", (*types, *vectors)
+
+
+QUESTIONS: dict[type, Callable[[Any, Dtypes], Question]] = {
+    Conv: lambda op, types: ("convolution", (*types, op.weight.value.dtype)),
+    Norm: _norm_question,
+    Act: lambda op, types: ("ReLU6" if op.kind == Activation.relu6 else "ReLU", types),
+    PoolOp: lambda op, types: ("max pooling" if op.is_max else "average pooling", types),
+    Cat: lambda op, types: ("concatenation", tuple(dict.fromkeys(types))),
+    Sum: lambda op, types: ("sum", tuple(dict.fromkeys(types))),
+}
+"""What to ask of torch about an operation on images of the given types."""
 
 
 def is_computed(value: Value, chosen: Collection[Weight]) -> bool:
@@ -137,7 +141,10 @@ def output_types(graph: Graph, inputs: Sequence[torch.dtype], chosen: frozenset[
         elif isinstance(op, Crop | Channels):
             found[value] = found[value.inputs[0]]
         else:
-            name, types = _operation(op, [found[x] for x in _taken(value, chosen)])
+            question = QUESTIONS.get(type(op))
+            if question is None:
+                raise Unsupported(f"regions do not know the type of what {type(op).__name__} returns")
+            name, types = question(op, tuple(found[x] for x in _taken(value, chosen)))
             returned = _returned(name, types, graph.device, autocast)
             if isinstance(returned, str):
                 raise Unsupported(f"torch refuses a {name} of {', '.join(map(str, types))}: {returned}")
