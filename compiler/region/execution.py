@@ -353,13 +353,8 @@ class RunPlan(torch.autograd.Function):
         ctx.lease.give_back()
         found = [*_by_key(execution, ctx.decisions, decision), *found]
         needed = ctx.needs_input_grad[3:]
-        triples = zip(found, args, needed, strict=True)
-        return (None, None, None, *(_as_wanted(g, arg) if needs else None for g, arg, needs in triples))
-
-
-def _as_wanted(gradient: Tensor | None, of: Tensor) -> Tensor | None:
-    """A gradient in the type of what it belongs to."""
-    return gradient if gradient is None or gradient.dtype == of.dtype else gradient.to(of.dtype)
+        # autograd casts to the types of the parameters
+        return (None, None, None, *(g if needs else None for g, needs in zip(found, needed, strict=True)))
 
 
 def _parts(ctx: Any, args: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:

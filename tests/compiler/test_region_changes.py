@@ -200,7 +200,7 @@ def test_channels_last(model_too: bool, dtype: torch.dtype) -> None:
     x = x.detach().to(memory_format=torch.channels_last).requires_grad_()
     expected, actual = pair.each(lambda model, masks: step(model, masks, (x,), {}))
     assert actual["outputs"].stride() == expected["outputs"].stride()
-    assert pair.plans
+    pair.assert_planned()
     if dtype == torch.float64:
         assert_same(actual, expected)
         return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,7 +57,7 @@ def test_a_mode_has_its_plans_once(builds: list[Any]) -> None:
         assert seen[1]["outputs"].dtype == seen[0]["outputs"].dtype == (autocast or torch.float32)
         counts.append(len(builds))
     assert counts[2:] == counts[2:3] * 7
-    assert not pair.notes
+    pair.assert_planned()
 
 
 def test_a_model_that_changes_its_type_keeps_its_plan(builds: list[Any]) -> None:
@@ -74,7 +73,7 @@ def test_a_model_that_changes_its_type_keeps_its_plan(builds: list[Any]) -> None
         if dtype == torch.float32 and len(outputs) == 1:
             first = len(builds)
     assert len(builds) == first
-    assert not pair.notes
+    pair.assert_planned()
 
 
 @contextmanager
@@ -93,8 +92,40 @@ def test_autocast_on_a_gpu_does_not_concern_the_cpu() -> None:
     again = Pair(dtype=torch.float32)
     with cuda_autocast():
         under = trained(again.compiled, again.mutators[1], None, torch.float32)
-    assert again.plans
+    again.assert_planned()
     assert_same(under, plain, exact=True)
+
+
+def test_one_region_in_several_modes() -> None:
+    """As where a part of the model is called under autocast and another time without."""
+    pair = Pair(dtype=torch.float32)
+    trained(pair.compiled, pair.mutators[1], None, torch.float32)
+    (found,) = regions(pair.compiled)
+    plans = len(found.plans)
+    (x,) = images(NET, torch.float32)
+    for autocast in (None, torch.bfloat16, torch.float16, None):
+        assert Under(found, autocast)(x).dtype == (autocast or torch.float32)  # type: ignore[arg-type]
+    assert len(found.plans) == plans
+    pair.assert_planned()
+
+
+def test_weights_that_change_their_type_under_the_same_images() -> None:
+    pair = Pair(dtype=torch.bfloat16)
+    for norms in (torch.bfloat16, torch.float32):
+        pair.change(lambda model, to=norms: [m.to(to) for m in model.modules() if isinstance(m, nn.BatchNorm2d)])
+        expected, actual = pair.each(lambda model, masks: step(model, masks, images(NET, torch.bfloat16), {}))
+        assert actual["outputs"].dtype == expected["outputs"].dtype == torch.bfloat16
+        assert {g.dtype for g in actual["weights"].values()} == {torch.bfloat16, norms}
+        pair.assert_planned()
+    pair.change(lambda model: model.float())
+
+    def refusal(model: nn.Module, masks: Any) -> str:
+        with pytest.raises(RuntimeError) as problem:
+            model(*images(NET, torch.bfloat16))
+        return str(problem.value)
+
+    expected, actual = pair.each(refusal)
+    assert actual == expected
 
 
 def test_autocast_switched_off_inside() -> None:
@@ -107,8 +138,7 @@ def test_autocast_switched_off_inside() -> None:
     expected, actual = pair.each(act)
     assert actual.dtype == torch.float32
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
-    assert pair.plans
-    assert not pair.notes
+    pair.assert_planned()
 
 
 def test_backward_under_autocast_and_outside_agree() -> None:
@@ -123,7 +153,7 @@ def test_backward_under_autocast_and_outside_agree() -> None:
                 loss.backward()
         if not inside:
             loss.backward()
-        assert pair.plans
+        pair.assert_planned()
         found.append([x.grad, *(parameter.grad for parameter in pair.model.parameters())])
     assert_same(found[0], found[1], exact=True)
 
@@ -139,26 +169,36 @@ def test_a_second_backward(autocast: bool) -> None:
     before = [buffer.clone() for buffer in pair.model.buffers()]
     first = torch.autograd.grad(loss, [x, *pair.model.parameters()], retain_graph=True, allow_unused=True)
     second = torch.autograd.grad(loss, [x, *pair.model.parameters()], allow_unused=True)
-    assert pair.plans
+    pair.assert_planned()
     assert_same(second, first, exact=True)
     assert_same(list(pair.model.buffers()), before, exact=True)
 
 
 @pytest.mark.parametrize("autocast", [True, False])
 def test_gradients_of_gradients(autocast: bool) -> None:
-    """They come from the region op by op, in the types of the forward pass, wherever backward is called."""
+    """They come from the region op by op, in the types of the forward pass, in whatever mode backward runs."""
     dtype = torch.float32 if autocast else torch.bfloat16
 
     def act(model: nn.Module, masks: Any) -> list[Tensor]:
         (x,) = images(NET, dtype)
-        out = Under(model, torch.bfloat16 if autocast else None)(x)
-        (gradient,) = torch.autograd.grad(out.float().square().sum(), x, create_graph=True)
+        loss = Under(model, torch.bfloat16 if autocast else None)(x).float().square().sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=not autocast):
+            (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
         mask = next(iter(masks.values()))
-        return [out, gradient, *torch.autograd.grad(gradient.float().square().sum(), [x, mask])]
+        return [gradient, *torch.autograd.grad(gradient.float().square().sum(), [x, mask])]
 
     pair = Pair(dtype=dtype)
+    trained(pair.compiled, pair.mutators[1], torch.bfloat16 if autocast else None, dtype)
+    (found,) = regions(pair.compiled)
+    fallback, seen = found.fallback, []
+
+    def op_by_op(*tensors: Tensor) -> Any:
+        seen.append((torch.is_autocast_enabled("cpu"), *(tensor.dtype for tensor in tensors)))
+        return fallback(*tensors)
+
+    found.fallback = op_by_op
     expected, actual = pair.each(act)
-    assert pair.plans
+    assert seen == [(autocast, dtype)]
     for one, other in zip(actual, expected, strict=True):
         assert one.dtype == other.dtype
         assert numerics.relative_error(one, other) < 0.1
@@ -210,7 +250,7 @@ def test_statistics_of_what_is_not_chosen_stay() -> None:
     buffers = dict(pair.model.named_buffers())
     before = {name: buffer.clone() for name, buffer in buffers.items()}
     step(pair.compiled, {}, images(NET, torch.bfloat16), {})
-    assert pair.plans
+    pair.assert_planned()
     changed = {name for name, buffer in buffers.items() if not torch.equal(buffer, before[name])}
     assert any(name.startswith("op.0.") for name in changed)
     assert not any(name.startswith(("op.1.", "op.2.")) for name in changed)
@@ -258,7 +298,7 @@ def test_weights_and_images_channels_last(dtype: torch.dtype) -> None:
     x = x.detach().to(memory_format=torch.channels_last).requires_grad_()
     expected, actual = pair.each(lambda model, masks: step(model, masks, (x,), {}))
     assert actual["outputs"].stride() == expected["outputs"].stride()
-    assert pair.plans
+    pair.assert_planned()
     exact = build(NET, dtype).double()
     right = step(exact, decide(Decided(exact), "soft", torch.float64), (x.detach().double(),), {})
     numerics.assert_closer(actual["outputs"], expected["outputs"], right["outputs"])
@@ -271,19 +311,4 @@ def test_copies_follow_the_weights() -> None:
         expected, actual = pair.each(lambda model, masks: step(model, masks, images(NET, torch.bfloat16), {}))
         assert_near(actual["outputs"], expected["outputs"], torch.bfloat16)
         pair.change(lambda model: [parameter.data.mul_(-1.5) for parameter in model.parameters()])
-    assert pair.plans
-
-
-def test_a_copy_of_a_compiled_model_has_copies_of_its_own() -> None:
-    pair = Pair(dtype=torch.bfloat16)
-    trained(pair.compiled, pair.mutators[1], None, torch.bfloat16)
-    twin: Any = copy.deepcopy(pair.compiled)
-    with torch.no_grad():
-        for parameter in twin.parameters():
-            parameter.zero_()
-    decide(pair.mutators[1], "soft", torch.float32)
-    twin.eval()
-    pair.compiled.eval()
-    pair.eager.eval()
-    assert not twin(*images(NET, torch.bfloat16)).any()
-    assert pair.compiled(*images(NET, torch.bfloat16)).any()
+    pair.assert_planned()
