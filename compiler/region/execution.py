@@ -10,13 +10,14 @@ from torch import Tensor
 
 from nascompile.compiler.decision import Selection
 from nascompile.compiler.mutables import forced_mutator
+from nascompile.compiler.region.copies import Copies, DenseTensors
 from nascompile.compiler.region.decisions import Decided, Decisions
 from nascompile.compiler.region.executors import Executor
 from nascompile.compiler.region.flags import NEVER, WITH_PARAMETERS, WITHOUT_PARAMETERS, as_tensor
 from nascompile.compiler.region.gradients import Wanted
 from nascompile.compiler.region.ir import Conv, Graph, Norm, TensorRef, Weight
 from nascompile.compiler.region.plan import Direction, Plan
-from nascompile.compiler.region.types import Borders, Copies, live_refs, write_back
+from nascompile.compiler.region.types import Borders
 from nascompile.kernels.plan.program import ALIGNMENT
 
 FLAG_LIMIT = 4096
@@ -24,10 +25,8 @@ FLAG_LIMIT = 4096
 
 
 class Memory:
-    """The slabs of a region's plans, used again and again: fresh pages are slow, and plans take turns.
-
-    copies: of parameters and running statistics.
-    """
+    """The slabs of a region's plans, and copies of its tensors, used again and again: fresh pages are slow,
+    and plans take turns."""
 
     def __init__(self) -> None:
         self._free: list[Tensor] = []
@@ -114,8 +113,8 @@ class Execution:
         self._work = max(self.executor.work(direction.program) for direction in directions)
         self.options: dict[str, Any] = {"dtype": self.executor.dtype, "device": self.executor.device}
         self._flags: dict[frozenset[Weight], tuple[Tensor, list[bool]]] = {}
-        self._live: dict[frozenset[Weight], frozenset[TensorRef]] = {}
-        self.borders = Borders(plan.graph)
+        self.borders = Borders(plan.graph, [*self.parameters, *_running_of(plan.graph)])
+        self.dense = DenseTensors(plan.graph, memory.copies)
         sources = [("input", index) for index in range(len(plan.graph.sources))]
         self._frozen = [ref for ref in _running_of(plan.graph) if ref not in set(self.buffers)]
         common = [*sources, *self.parameters, *self.buffers, *self._frozen, "decision"]
@@ -156,37 +155,20 @@ class Execution:
         running statistics."""
         outputs = [self._new_like(value.shape) for value in self.plan.graph.outputs]
         values = [ref.value for ref in self.buffers]
-        buffers = self.dense(self.buffers, values, chosen)
-        if not updates:
-            buffers = [buffer.clone() for buffer in buffers]
+        buffers = self.dense.of(self.buffers, values, chosen)
+        buffers = buffers if updates else [buffer.clone() for buffer in buffers]
         tensors = [*self._common(known, buffers, chosen), *outputs]
         self._run(self.plan.forward, self._forward, slab, chosen, tensors)
         if updates and self.buffers:
-            live = self.live(chosen)
-            write_back(values, buffers, [ref in live for ref in self.buffers])
+            self.dense.write_back(self.buffers, values, buffers, chosen)
             # the executor wrote to them behind autograd's back
             torch.autograd.graph.increment_version(values)
         return outputs
 
-    def live(self, chosen: frozenset[Weight]) -> frozenset[TensorRef]:
-        """The parameters and running statistics that a decision needs."""
-        found = self._live.get(chosen)
-        if found is None:
-            if len(self._live) >= FLAG_LIMIT:
-                self._live.clear()
-            found = self._live[chosen] = live_refs(self.plan.graph, chosen)
-        return found
-
-    def dense(
-        self, refs: Sequence[TensorRef], values: Sequence[Tensor], chosen: frozenset[Weight]
-    ) -> list[Tensor]:
-        """Parameters or running statistics as the executor wants them, those that the decision needs."""
-        return self._memory.copies.of(refs, values, self.executor.dtype, self.live(chosen))
-
     def _common(
         self, known: Sequence[Tensor], buffers: Sequence[Tensor], chosen: frozenset[Weight]
     ) -> list[Tensor]:
-        frozen = self.dense(self._frozen, [ref.value for ref in self._frozen], chosen)
+        frozen = self.dense.of(self._frozen, [ref.value for ref in self._frozen], chosen)
         return [*known[:-1], *buffers, *frozen, known[-1]]
 
     def zeros(self, shape: tuple[int, ...]) -> Tensor:
@@ -298,17 +280,12 @@ def call(
     return tuple(outputs)
 
 
-def _known(
-    execution: Execution,
-    chosen: frozenset[Weight],
-    vectors: Sequence[Tensor],
-    tensors: Sequence[Tensor],
-    parameters: Sequence[Tensor],
-) -> list[Tensor]:
-    """Inputs, parameters and decision as the executor wants them in memory."""
+def _known(execution: Execution, chosen: frozenset[Weight], *parts: Sequence[Tensor]) -> list[Tensor]:
+    """Decision, inputs and parameters as the executor wants them in memory, the decision last."""
+    vectors, tensors, parameters = parts
     decision = torch.cat(list(vectors)) if vectors else torch.empty(0, **execution.options)
     inputs = [tensor.contiguous(memory_format=execution.memory_format) for tensor in tensors]
-    return [*inputs, *execution.dense(execution.parameters, parameters, chosen), decision]
+    return [*inputs, *execution.dense.of(execution.parameters, parameters, chosen), decision]
 
 
 def _slab(lease: Lease) -> Tensor:

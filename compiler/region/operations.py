@@ -96,7 +96,7 @@ def _conv(graph: Graph, module: Any, x: Value, owner: Weight | None) -> Value:
 
 
 def require_type(graph: Graph, tensor: torch.Tensor) -> None:
-    """Raise Unsupported unless a parameter or buffer has the device of the plan, and a type it computes for."""
+    """Raise Unsupported unless a parameter or buffer is on the plan's device, of a type it computes for."""
     if working_type([tensor.dtype]) != graph.dtype or tensor.device.type != graph.device:
         raise Unsupported(
             f"a parameter is {tensor.dtype} on {tensor.device}, "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, reduce
 from typing import Any
 
 import torch
@@ -73,7 +73,7 @@ _OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "max pooling": lambda x: F.max_pool2d(x, 1),
     "average pooling": lambda x: F.avg_pool2d(x, 1),
     "concatenation": lambda *parts: torch.cat(parts, 1),
-    "sum": lambda *terms: sum(terms[1:], terms[0]),
+    "sum": lambda *terms: reduce(torch.add, terms),
 }
 
 
@@ -85,7 +85,9 @@ def _returned(
 
     `autocast` is the present state: it only tells the answers apart.
     """
-    pixels = [None if dtype is None else torch.zeros(2, 1, 1, 1, dtype=dtype, device=device) for dtype in types]
+    pixels = [
+        None if dtype is None else torch.zeros(2, 1, 1, 1, dtype=dtype, device=device) for dtype in types
+    ]
     with torch.no_grad():
         try:
             return _OPERATIONS[name](*pixels).dtype
@@ -195,9 +197,8 @@ class Border:
 class Borders:
     """The borders of a region's calls by decision, types of all tensors and state of autocast."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, refs: Sequence[TensorRef]) -> None:
         self._graph = graph
-        refs = live_refs(graph, None)
         # looked up in every call: three times as fast as through the modules
         self._places = [(ref.holder, ref.name) for ref in refs if ref.name != "num_batches_tracked"]
         self._known: dict[Any, Border | str] = {}
@@ -224,69 +225,3 @@ class Borders:
         except Unsupported as reason:
             return str(reason)
         return Border(inputs, outputs, self._graph.device, autocast)
-
-
-# ----- parameters and running statistics
-
-
-class Copies:
-    """Dense copies, in the type of plans, of parameters and running statistics that are not so themselves.
-
-    They are kept: a thousand new tensors cost four times as much as filling them.
-    """
-
-    def __init__(self) -> None:
-        self._copies: dict[TensorRef, Tensor] = {}
-
-    def of(
-        self,
-        refs: Sequence[TensorRef],
-        values: Sequence[Tensor],
-        dtype: torch.dtype,
-        live: Collection[TensorRef],
-    ) -> list[Tensor]:
-        """`values`, which `refs` refer to, as the executor wants them; of those not in `live` the content is
-        undefined where they are copies. Call without gradients."""
-        found: list[Tensor] = []
-        # one tensor that several modules hold has one copy
-        filled: dict[int, Tensor] = {}
-        sources: list[Tensor] = []
-        for ref, value in zip(refs, values, strict=True):
-            if value.is_contiguous() and value.dtype in (dtype, torch.int64):
-                found.append(value)
-            elif ref not in live:
-                found.append(self._copy(ref, value, dtype))
-            else:
-                if id(value) not in filled:
-                    filled[id(value)] = self._copy(ref, value, dtype)
-                    sources.append(value)
-                found.append(filled[id(value)])
-        if sources:
-            torch._foreach_copy_(list(filled.values()), sources)
-        return found
-
-    def _copy(self, ref: TensorRef, value: Tensor, dtype: torch.dtype) -> Tensor:
-        copy = self._copies.get(ref)
-        if copy is None or copy.shape != value.shape or copy.dtype != dtype:
-            copy = self._copies[ref] = torch.empty(value.shape, dtype=dtype, device=value.device)
-        return copy
-
-
-def write_back(values: Sequence[Tensor], copies: Sequence[Tensor], live: Sequence[bool]) -> None:
-    """Round the copies into the tensors they were made of, those that are live."""
-    pairs = zip(values, copies, live, strict=True)
-    changed = [(value, copy) for value, copy, lives in pairs if lives and copy is not value]
-    if changed:
-        targets, sources = zip(*changed, strict=True)
-        torch._foreach_copy_(targets, sources)
-
-
-def live_refs(graph: Graph, chosen: frozenset[Weight] | None) -> frozenset[TensorRef]:
-    """The parameters and running statistics that a decision needs; all of them without one."""
-    ops = [value.op for value in graph.values if chosen is None or is_computed(value, chosen)]
-    found = [op.weight for op in ops if isinstance(op, Conv)]
-    for op in ops:
-        if isinstance(op, Norm):
-            refs = (op.gamma, op.beta, op.running_mean, op.running_var, op.counter)
-            found += [ref for ref in refs if ref is not None]
-    return frozenset(found)

@@ -83,7 +83,9 @@ def steps(
         seen = step(under, masks, inputs, {})
         seen.pop("changed inputs")
         seen["strides"] = [out.stride() for out in tensors(seen["outputs"])]
-        found.append(detached({k: v for k, v in seen.items() if k != "strides"}) | {"strides": seen["strides"]})
+        found.append(
+            detached({k: v for k, v in seen.items() if k != "strides"}) | {"strides": seen["strides"]}
+        )
     return found, runs
 
 
@@ -107,8 +109,8 @@ GROUPS = ("outputs", "inputs", "weights", "decisions", "buffers")
 
 
 def assert_as_eager(actual: Rounds, expected: Rounds, exact: Rounds, low: torch.dtype) -> None:
-    """Types, strides and None as in eager mode; each group of tensors, as one vector, at most twice as far from
-    the exact one as eager mode is in its worst group: a decision's few numbers may be right by luck."""
+    """Types, strides and None as in eager mode; each group of tensors, as one vector, at most twice as far
+    off as eager mode is in its worst group: a decision's few numbers may be right by luck."""
     for number, (one, reference, right) in enumerate(zip(actual, expected, exact, strict=True)):
         assert one["strides"] == reference["strides"], number
         pairs = [(_vector(_named(reference[group])), _vector(_named(right[group]))) for group in GROUPS]

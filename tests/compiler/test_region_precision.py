@@ -53,7 +53,9 @@ def test_a_mode_has_its_plans_once(builds: list[Any]) -> None:
     pair = Pair(dtype=torch.float32)
     counts = []
     for autocast in (None, torch.bfloat16, torch.float16) * 3:
-        seen = pair.each(lambda model, masks, a=autocast: step(Under(model, a), masks, images(NET, torch.float32), {}))
+        seen = pair.each(
+            lambda model, masks, a=autocast: step(Under(model, a), masks, images(NET, torch.float32), {})
+        )
         assert seen[1]["outputs"].dtype == seen[0]["outputs"].dtype == (autocast or torch.float32)
         counts.append(len(builds))
     assert counts[2:] == counts[2:3] * 7
@@ -112,7 +114,9 @@ def test_one_region_in_several_modes() -> None:
 def test_weights_that_change_their_type_under_the_same_images() -> None:
     pair = Pair(dtype=torch.bfloat16)
     for norms in (torch.bfloat16, torch.float32):
-        pair.change(lambda model, to=norms: [m.to(to) for m in model.modules() if isinstance(m, nn.BatchNorm2d)])
+        pair.change(
+            lambda model, to=norms: [m.to(to) for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+        )
         expected, actual = pair.each(lambda model, masks: step(model, masks, images(NET, torch.bfloat16), {}))
         assert actual["outputs"].dtype == expected["outputs"].dtype == torch.bfloat16
         assert {g.dtype for g in actual["weights"].values()} == {torch.bfloat16, norms}
@@ -176,7 +180,7 @@ def test_a_second_backward(autocast: bool) -> None:
 
 @pytest.mark.parametrize("autocast", [True, False])
 def test_gradients_of_gradients(autocast: bool) -> None:
-    """They come from the region op by op, in the types of the forward pass, in whatever mode backward runs."""
+    """They come from the region op by op, in the types of forward, in whatever mode backward runs."""
     dtype = torch.float32 if autocast else torch.bfloat16
 
     def act(model: nn.Module, masks: Any) -> list[Tensor]:

@@ -36,7 +36,13 @@ from tests.compiler.region_types import (
 )
 
 PLANNED = [case for case in CASES if case.regions and case.op_by_op is None]
-SOME = ("orders", "mean", "darts", "several inputs and outputs", "norms without weights, statistics or momentum")
+SOME = (
+    "orders",
+    "mean",
+    "darts",
+    "several inputs and outputs",
+    "norms without weights, statistics or momentum",
+)
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "darts": lambda: DartsNetwork(32, 3, 16, 10, n_layers=3, n_nodes=2),
     "enas_micro": lambda: ENASMicroNetwork(3, 16, 10, n_layers=2, n_nodes=2),
@@ -49,8 +55,8 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 
 def check_case(case: Case, setting: Setting) -> None:
     rows = [images(case, torch.float32, seed=number) for number in range(len(ROUNDS))]
-    *seen, compiled = compared(lambda: build(case), rows, ROUNDS, setting)
-    assert_as_eager(*seen, setting.low)
+    actual, expected, exact, compiled = compared(lambda: build(case), rows, ROUNDS, setting)
+    assert_as_eager(actual, expected, exact, setting.low)
     assert compiled.islands == []
     assert regions(compiled)
     # how many channels a plan can concatenate depends on the processor
@@ -77,8 +83,8 @@ def test_networks(name: str, setting: Setting) -> None:
 
     rounds = (("soft", True), ("one", True), ("soft", False), ("one", False))
     rows = [(torch.randn(4, 3, 16, 16),) for _ in rounds]
-    *seen, compiled = compared(make, rows, rounds, setting)
-    assert_as_eager(*seen, setting.low)
+    actual, expected, exact, compiled = compared(make, rows, rounds, setting)
+    assert_as_eager(actual, expected, exact, setting.low)
     # the nodes of ENAS are islands in any precision
     assert not [island for island in compiled.islands if "trace" in island.reason]
     assert any(found.plans for found in regions(compiled)), compiled.notes
