@@ -8,7 +8,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from nascompile.compiler.region.ir import Graph, Op, TensorRef, Weight
+from nascompile.compiler.region.ir import Graph, Norm, Op, TensorRef, Weight
 from nascompile.compiler.region.types import is_computed
 
 LIVE_LIMIT = 4096
@@ -33,59 +33,67 @@ class Copies:
 
 
 class DenseTensors:
-    """Hands the tensors of a plan to its executor, and takes changes back. Without gradients."""
+    """The tensors that `refs` refer to, as the executor of a plan wants them. Call without gradients."""
 
-    def __init__(self, graph: Graph, copies: Copies) -> None:
-        self._graph, self._copies = graph, copies
-        self._live: dict[frozenset[Weight], frozenset[TensorRef]] = {}
+    def __init__(self, graph: Graph, refs: Sequence[TensorRef], copies: Copies) -> None:
+        self._graph, self._refs, self._copies = graph, refs, copies
+        self._own: list[Tensor | None] = [None] * len(refs)
+        self._live: dict[frozenset[Weight], list[int]] = {}
 
-    def of(
-        self, refs: Sequence[TensorRef], values: Sequence[Tensor], chosen: frozenset[Weight]
-    ) -> list[Tensor]:
-        """`values`, which `refs` refer to: themselves, or copies in the type of the plan.
-
-        Copies of what the decision does not need hold anything.
-        """
-        dtype = self._graph.dtype
-        dense = [value.is_contiguous() and value.dtype in (dtype, torch.int64) for value in values]
-        if all(dense):
-            return list(values)
-        live, found = self._needed(chosen), list(values)
+    def of(self, values: Sequence[Tensor], chosen: frozenset[Weight]) -> list[Tensor]:
+        """`values`, which `refs` refer to: themselves, or copies in the type of the plan. What the decision
+        does not need stays as it is."""
+        found = list(values)
         # one tensor that several modules hold has one copy
         filled: dict[int, Tensor] = {}
         sources: list[Tensor] = []
-        for k, (ref, value) in enumerate(zip(refs, values, strict=True)):
-            if dense[k]:
+        fitting = (self._graph.dtype, torch.int64)
+        for k in self._needed(chosen):
+            value = values[k]
+            if value.dtype in fitting and value.is_contiguous():
                 continue
             copy = filled.get(id(value))
-            found[k] = self._copies.get(ref, value, dtype) if copy is None else copy
-            if copy is None and ref in live:
-                filled[id(value)] = found[k]
+            if copy is None:
+                copy = filled[id(value)] = self._copy(k, value)
                 sources.append(value)
+            found[k] = copy
         _copy(list(filled.values()), sources)
         return found
 
     def write_back(
-        self,
-        refs: Sequence[TensorRef],
-        values: Sequence[Tensor],
-        copies: Sequence[Tensor],
-        chosen: frozenset[Weight],
+        self, values: Sequence[Tensor], copies: Sequence[Tensor], chosen: frozenset[Weight]
     ) -> None:
-        """Round what `of` gave for `values`, if it was copies, into these, where the decision needs them."""
-        pairs = [(v, c, ref) for v, c, ref in zip(values, copies, refs, strict=True) if c is not v]
-        live = self._needed(chosen) if pairs else ()
-        changed = [(value, copy) for value, copy, ref in pairs if ref in live]
-        _copy([value for value, _ in changed], [copy for _, copy in changed])
+        """Round what `of` gave for `values`, where it was copies, into these."""
+        changed = [k for k in self._needed(chosen) if copies[k] is not values[k]]
+        _copy([values[k] for k in changed], [copies[k] for k in changed])
 
-    def _needed(self, chosen: frozenset[Weight]) -> frozenset[TensorRef]:
+    def _copy(self, k: int, value: Tensor) -> Tensor:
+        copy = self._own[k]
+        if copy is None:
+            copy = self._own[k] = self._copies.get(self._refs[k], value, self._graph.dtype)
+        return copy
+
+    def _needed(self, chosen: frozenset[Weight]) -> list[int]:
         found = self._live.get(chosen)
         if found is None:
             if len(self._live) >= LIVE_LIMIT:
                 self._live.clear()
-            values = [value for value in self._graph.values if is_computed(value, chosen)]
-            found = self._live[chosen] = frozenset(ref for value in values for ref in refs_of(value.op))
+            computed = (value for value in self._graph.values if is_computed(value, chosen))
+            live = {ref for value in computed for ref in refs_of(value.op)}
+            found = self._live[chosen] = [k for k, ref in enumerate(self._refs) if ref in live]
         return found
+
+
+def running_of(graph: Graph) -> list[TensorRef]:
+    """All running statistics that a region reads or updates, each once."""
+    refs = (
+        ref
+        for value in graph.values
+        if isinstance(value.op, Norm)
+        for ref in (value.op.running_mean, value.op.running_var, value.op.counter)
+        if ref is not None
+    )
+    return list(dict.fromkeys(refs))
 
 
 def refs_of(op: Op) -> list[TensorRef]:

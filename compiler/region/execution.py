@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nascompile.compiler.decision import Selection
 from nascompile.compiler.mutables import forced_mutator
-from nascompile.compiler.region.copies import Copies, DenseTensors
+from nascompile.compiler.region.copies import Copies, DenseTensors, running_of
 from nascompile.compiler.region.decisions import Decided, Decisions
 from nascompile.compiler.region.executors import Executor
 from nascompile.compiler.region.flags import NEVER, WITH_PARAMETERS, WITHOUT_PARAMETERS, as_tensor
@@ -113,10 +113,13 @@ class Execution:
         self._work = max(self.executor.work(direction.program) for direction in directions)
         self.options: dict[str, Any] = {"dtype": self.executor.dtype, "device": self.executor.device}
         self._flags: dict[frozenset[Weight], tuple[Tensor, list[bool]]] = {}
-        self.borders = Borders(plan.graph, [*self.parameters, *_running_of(plan.graph)])
-        self.dense = DenseTensors(plan.graph, memory.copies)
+        self.borders = Borders(plan.graph, [*self.parameters, *running_of(plan.graph)])
         sources = [("input", index) for index in range(len(plan.graph.sources))]
-        self._frozen = [ref for ref in _running_of(plan.graph) if ref not in set(self.buffers)]
+        self._frozen = [ref for ref in running_of(plan.graph) if ref not in set(self.buffers)]
+        self.dense_parameters, self._dense_buffers, self._dense_frozen = (
+            DenseTensors(plan.graph, refs, memory.copies)
+            for refs in (self.parameters, self.buffers, self._frozen)
+        )
         common = [*sources, *self.parameters, *self.buffers, *self._frozen, "decision"]
         outputs = range(len(plan.graph.outputs))
         self._forward = _places([*common, *(("output", index) for index in outputs)], plan.forward)
@@ -155,12 +158,12 @@ class Execution:
         running statistics."""
         outputs = [self._new_like(value.shape) for value in self.plan.graph.outputs]
         values = [ref.value for ref in self.buffers]
-        buffers = self.dense.of(self.buffers, values, chosen)
+        buffers = self._dense_buffers.of(values, chosen)
         buffers = buffers if updates else [buffer.clone() for buffer in buffers]
         tensors = [*self._common(known, buffers, chosen), *outputs]
         self._run(self.plan.forward, self._forward, slab, chosen, tensors)
         if updates and self.buffers:
-            self.dense.write_back(self.buffers, values, buffers, chosen)
+            self._dense_buffers.write_back(values, buffers, chosen)
             # the executor wrote to them behind autograd's back
             torch.autograd.graph.increment_version(values)
         return outputs
@@ -168,7 +171,7 @@ class Execution:
     def _common(
         self, known: Sequence[Tensor], buffers: Sequence[Tensor], chosen: frozenset[Weight]
     ) -> list[Tensor]:
-        frozen = self.dense.of(self._frozen, [ref.value for ref in self._frozen], chosen)
+        frozen = self._dense_frozen.of([ref.value for ref in self._frozen], chosen)
         return [*known[:-1], *buffers, *frozen, known[-1]]
 
     def zeros(self, shape: tuple[int, ...]) -> Tensor:
@@ -252,18 +255,6 @@ def _places(names: Sequence[Any], direction: Direction) -> list[int]:
     return [numbers[what] for what in direction.tensors]
 
 
-def _running_of(graph: Graph) -> list[TensorRef]:
-    """All running statistics that a region reads or updates, each once."""
-    refs = (
-        ref
-        for value in graph.values
-        if isinstance(value.op, Norm)
-        for ref in (value.op.running_mean, value.op.running_var, value.op.counter)
-        if ref is not None
-    )
-    return list(dict.fromkeys(refs))
-
-
 def call(
     execution: Execution, decisions: Decisions, tensors: Sequence[Tensor], fallback: Callable[..., Any]
 ) -> tuple[Tensor, ...]:
@@ -285,7 +276,7 @@ def _known(execution: Execution, chosen: frozenset[Weight], *parts: Sequence[Ten
     vectors, tensors, parameters = parts
     decision = torch.cat(list(vectors)) if vectors else torch.empty(0, **execution.options)
     inputs = [tensor.contiguous(memory_format=execution.memory_format) for tensor in tensors]
-    return [*inputs, *execution.dense.of(execution.parameters, parameters, chosen), decision]
+    return [*inputs, *execution.dense_parameters.of(parameters, chosen), decision]
 
 
 def _slab(lease: Lease) -> Tensor:

@@ -42,11 +42,13 @@ class Setting:
 
 single, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
 AUTOCAST_BF16 = Setting("autocast to bf16", single, single, bf16)
+AUTOCAST_FP16 = Setting("autocast to fp16", single, single, fp16)
+BF16, FP16 = Setting("bf16", bf16, bf16), Setting("fp16", fp16, fp16)
 SETTINGS = (
     AUTOCAST_BF16,
-    Setting("autocast to fp16", single, single, fp16),
-    Setting("bf16", bf16, bf16),
-    Setting("fp16", fp16, fp16),
+    AUTOCAST_FP16,
+    BF16,
+    FP16,
     Setting("bf16 with norms in fp32", bf16, bf16, norms=single),
     Setting("bf16 under autocast to bf16", bf16, bf16, bf16),
     Setting("images in bf16 under autocast to bf16", single, bf16, bf16),

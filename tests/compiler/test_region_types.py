@@ -28,6 +28,9 @@ from tests.compiler.region_pairs import NET, Pair
 from tests.compiler.region_steps import ROUNDS, build, images, regions
 from tests.compiler.region_types import (
     AUTOCAST_BF16,
+    AUTOCAST_FP16,
+    BF16,
+    FP16,
     SETTINGS,
     Setting,
     Under,
@@ -51,6 +54,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "shuffle": lambda: ShuffleNetSpace(10, stage_channels=(32, 64), stage_blocks=(2, 2), last_channels=32,
                                        dropout_rate=0.0),
 }  # fmt: skip
+NETWORKS_IN_FP16 = [("darts", AUTOCAST_FP16), ("mbconv", FP16)]
 
 
 def check_case(case: Case, setting: Setting) -> None:
@@ -74,8 +78,11 @@ def test_in_other_low_precisions(name: str, setting: Setting) -> None:
     check_case(next(case for case in CASES if case.name == name), setting)
 
 
-@pytest.mark.parametrize("setting", SETTINGS[:4], ids=lambda setting: setting.name)
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [*((name, setting) for name in NETWORKS for setting in (AUTOCAST_BF16, BF16)), *NETWORKS_IN_FP16],
+    ids=lambda part: getattr(part, "name", part),
+)
 def test_networks(name: str, setting: Setting) -> None:
     def make() -> nn.Module:
         torch.manual_seed(0)
