@@ -17,7 +17,7 @@ from nascompile.compiler.region.flags import NEVER, WITH_PARAMETERS, WITHOUT_PAR
 from nascompile.compiler.region.gradients import Wanted
 from nascompile.compiler.region.ir import Conv, Graph, Norm, TensorRef, Weight
 from nascompile.compiler.region.plan import Direction, Plan
-from nascompile.compiler.region.types import Borders
+from nascompile.compiler.region.types import Boundaries
 from nascompile.kernels.plan.program import ALIGNMENT
 
 FLAG_LIMIT = 4096
@@ -113,7 +113,7 @@ class Execution:
         self._work = max(self.executor.work(direction.program) for direction in directions)
         self.options: dict[str, Any] = {"dtype": self.executor.dtype, "device": self.executor.device}
         self._flags: dict[frozenset[Weight], tuple[Tensor, list[bool]]] = {}
-        self.borders = Borders(plan.graph, [*self.parameters, *running_of(plan.graph)])
+        self.boundaries = Boundaries(plan.graph, [*self.parameters, *running_of(plan.graph)])
         sources = [("input", index) for index in range(len(plan.graph.sources))]
         self._frozen = [ref for ref in running_of(plan.graph) if ref not in set(self.buffers)]
         self.dense_parameters, self._dense_buffers, self._dense_frozen = (

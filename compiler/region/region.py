@@ -67,12 +67,12 @@ class Region:
         execution = self._execution(tensors, decisions, executor)
         if execution is None:
             return self.fallback(*tensors)
-        border = execution.borders.border(tensors, decisions.chosen)
-        if isinstance(border, str):
-            self._notes[self.__name__] = f"runs op by op: {border}"
+        boundary = execution.boundaries.of(tensors, decisions.chosen)
+        if isinstance(boundary, str):
+            self._notes[self.__name__] = f"runs op by op: {boundary}"
             return self.fallback(*tensors)
-        as_written = border.as_written(self.fallback)
-        outputs = border.call(lambda wide: call(execution, decisions, wide, as_written), tensors)
+        as_written = boundary.as_written(self.fallback)
+        outputs = boundary.call(lambda wide: call(execution, decisions, wide, as_written), tensors)
         return outputs[0] if len(outputs) == 1 else outputs
 
     @property

@@ -161,11 +161,11 @@ def _taken(value: Value, chosen: frozenset[Weight]) -> Sequence[Value]:
     return [x for info, x in pairs if chosen.issuperset(info.needs)]
 
 
-# ----- the border of a region
+# ----- the boundary of a region
 
 
 @dataclass(frozen=True, slots=True)
-class Border:
+class Boundary:
     """The types of a region's inputs and outputs in one call, and the state of autocast."""
 
     inputs: Dtypes
@@ -194,23 +194,23 @@ class Border:
         return run
 
 
-class Borders:
-    """The borders of a region's calls by decision, types of all tensors and state of autocast."""
+class Boundaries:
+    """The boundaries of a region's calls by decision, types of all tensors and state of autocast."""
 
     def __init__(self, graph: Graph, refs: Sequence[TensorRef]) -> None:
         self._graph = graph
         # looked up in every call: three times as fast as through the modules
         self._places = [(ref.holder, ref.name) for ref in refs if ref.name != "num_batches_tracked"]
-        self._known: dict[Any, Border | str] = {}
+        self._known: dict[Any, Boundary | str] = {}
 
-    def border(self, tensors: Sequence[Tensor], chosen: frozenset[Weight]) -> Border | str:
-        """The border of a call; a string says why the program as written has to run, or fail."""
+    def of(self, tensors: Sequence[Tensor], chosen: frozenset[Weight]) -> Boundary | str:
+        """The boundary of a call; a string says why the program as written has to run, or fail."""
         inputs = tuple(tensor.dtype for tensor in tensors)
         own = [holder[name].dtype for holder, name in self._places]
         autocast = autocast_type(self._graph.device)
         working = self._graph.dtype
         if autocast is None and {*inputs, *own} == {working}:
-            return Border(inputs, (working,) * len(self._graph.outputs), self._graph.device, None)
+            return Boundary(inputs, (working,) * len(self._graph.outputs), self._graph.device, None)
         key = (inputs, tuple(own), autocast, chosen)
         found = self._known.get(key)
         if found is None:
@@ -219,9 +219,11 @@ class Borders:
             found = self._known[key] = self._read(inputs, autocast, chosen)
         return found
 
-    def _read(self, inputs: Dtypes, autocast: torch.dtype | None, chosen: frozenset[Weight]) -> Border | str:
+    def _read(
+        self, inputs: Dtypes, autocast: torch.dtype | None, chosen: frozenset[Weight]
+    ) -> Boundary | str:
         try:
             outputs = output_types(self._graph, inputs, chosen)
         except Unsupported as reason:
             return str(reason)
-        return Border(inputs, outputs, self._graph.device, autocast)
+        return Boundary(inputs, outputs, self._graph.device, autocast)
