@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,12 @@ class TensorRef:
 
     module: nn.Module
     name: str
+
+    @property
+    def holder(self) -> dict[str, Any]:
+        """The module's parameters or its buffers, whichever the tensor is one of."""
+        parameters = self.module._parameters
+        return self.module._buffers if parameters.get(self.name) is None else parameters
 
     @property
     def value(self) -> Tensor:
@@ -139,7 +146,10 @@ class Cat:
 
 @dataclass(frozen=True, slots=True)
 class Zero:
-    """Zeros of a size of their own; a term of a sum that adds nothing."""
+    """Zeros of a size of their own; a term of a sum that adds nothing. `like`: the number of the value whose
+    type they take."""
+
+    like: int
 
 
 @dataclass(frozen=True, slots=True)

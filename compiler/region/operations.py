@@ -30,6 +30,7 @@ from nascompile.compiler.region.ir import (
     Weight,
     Zero,
 )
+from nascompile.compiler.region.types import working_type
 from nascompile.kernels.plan.steps import Activation
 
 Env = dict[fx.Node, Value]
@@ -95,11 +96,11 @@ def _conv(graph: Graph, module: Any, x: Value, owner: Weight | None) -> Value:
 
 
 def require_type(graph: Graph, tensor: torch.Tensor) -> None:
-    """Raise Unsupported unless a parameter or buffer has the type and device of the plan."""
-    if tensor.dtype != graph.dtype or tensor.device.type != graph.device:
+    """Raise Unsupported unless a parameter or buffer is on the plan's device, of a type it computes for."""
+    if working_type([tensor.dtype]) != graph.dtype or tensor.device.type != graph.device:
         raise Unsupported(
             f"a parameter is {tensor.dtype} on {tensor.device}, "
-            f"the images are {graph.dtype} on {graph.device}"
+            f"the plan computes in {graph.dtype} on {graph.device}"
         )
 
 
@@ -215,7 +216,7 @@ def apply_function(graph: Graph, node: fx.Node, env: Env, owner: Weight | None) 
         return _crop(graph, node, env, owner)
     if node.target is torch.zeros_like:
         _only_arguments(node, 1, {})
-        return graph.add(Zero(), (), _value(node, 0, env).shape, owner)
+        return graph.add(Zero(_value(node, 0, env).number), (), _value(node, 0, env).shape, owner)
     raise Unsupported(f"{node.format_node()} is not understood by regions")
 
 
@@ -282,7 +283,7 @@ def _crop(graph: Graph, node: fx.Node, env: Env, owner: Weight | None) -> Value:
     shape = (x.channels, height, width)
     if all(user.target is torch.zeros_like for user in node.users):
         # only its size counts
-        return graph.add(Zero(), (), shape, owner)
+        return graph.add(Zero(x.number), (), shape, owner)
     ends = (top + height, left + width) == x.shape[1:] and (step_h, step_w) == (1, 1)
     if not ends or min(top, left) < 0 or min(height, width) < 1:
         raise Unsupported(f"{node.format_node()} is not a crop of the first rows and columns")
