@@ -203,3 +203,23 @@ def test_batch_statistics_of_images_with_a_mean(ratio: int, instruction_set: str
         images = torch.randn(4, 8, 9, 7) + ratio
         results.append((nascompile.compile(model) if compile_it else model)(images.to(dtype)))
     numerics.assert_closer(*results)
+
+
+class DropsTwice(nn.Module):
+    """The first dropout reads what the second one's choice stands behind; only the order of the program tells
+    which comes first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(8, 8, 1)
+        self.one = LayerChoice([Unit("acb", 8), SepConv(8, 3)])
+        self.two = LayerChoice([nn.Dropout(), nn.Identity()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = nn.functional.dropout(x)
+        return self.two(self.one(x)) + y
+
+
+def test_random_numbers_are_drawn_in_the_order_of_the_program() -> None:
+    assert_same(*compared(DropsTwice, {"LayerChoice1": [0.5, 0.5], "LayerChoice2": [0.5, 0.5]}))
