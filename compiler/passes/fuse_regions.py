@@ -28,6 +28,7 @@ _FUNCTIONS = frozenset(
     (F.relu, F.relu6, torch.relu, torch.cat, operator.add, torch.add, operator.getitem, torch.zeros_like)
 )
 _METHODS = frozenset(("relu", "add"))
+_RANDOM = "dropout is random"
 _WORKERS = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d)
 
 
@@ -68,6 +69,16 @@ class _Reader:
             self.supported[node] = reason is None
             if reason and isinstance(node.target, LoweredChoice):
                 gm.meta.setdefault("outside", {})[node.target.path] = reason
+            if reason and _RANDOM in reason:
+                self._expect_training(node)
+
+    def _expect_training(self, node: fx.Node) -> None:
+        """In evaluation there is another trace, with the dropout inside of regions."""
+        layer: Any = node.target.choice if isinstance(node.target, LoweredChoice) else None
+        guards: Guards = self.gm.meta["guards"]
+        for module in (self.gm.get_submodule(str(node.target)) if layer is None else layer).modules():
+            if isinstance(module, nn.Dropout):
+                guards.saw(module, "training", module.training)
 
     def _why_not(self, node: fx.Node) -> str | None:
         if isinstance(node.target, LoweredLayerChoice):
@@ -164,11 +175,13 @@ def why_not_operation(gm: Any, node: fx.Node) -> str | None:
         if not own:
             return f"{node.name} changes a value in place that others see"
     if node.op == "call_module":
+        module = gm.get_submodule(str(node.target))
         try:
-            kind_of(gm.get_submodule(str(node.target)))
+            kind = kind_of(module)
         except Unsupported as reason:
             return str(reason)
-        return None
+        # left to itself, in its place among all that draws random numbers
+        return _RANDOM if kind is nn.Dropout and module.training and module.p > 0 else None
     if node.op == "call_function" and node.target is operator.getitem:
         return _why_not_crop(node)
     if node.op == "call_function" and node.target in _FUNCTIONS:
