@@ -1,5 +1,5 @@
-"""Trains a random space: what could be seen after each step, exactly, in fp32, or with rounding errors put
-in. See fuzz.py."""
+"""Trains a random space: what could be seen after each step, exactly, in fp32, or with more rounding errors
+than that. See fuzz.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from tests.compiler.region_steps import detached
 from tests.fuzz_spaces import Space, build
 
 ROUNDING = 2.0**-22
-"""Relative error that `roughly` puts into weights and into what layers return: four roundings of fp32."""
+"""Relative error that `roughly` puts into weights, into what layers return and into its gradients: four
+roundings of fp32."""
 
 
 def mask(kind: str, length: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
@@ -31,25 +32,34 @@ def mask(kind: str, length: int, generator: torch.Generator, dtype: torch.dtype)
 
 
 def roughly(space: Space, draw: int) -> list[dict[str, Any]]:
-    """The eager steps in fp64 with rounding errors of the size that fp32 makes.
+    """The eager steps in fp32 with more rounding errors than those of fp32 itself.
 
     Where a program is ill-conditioned (a ReLU near zero, a BatchNorm over two values, a sum that cancels) two
     right results in fp32 differ by more than a few roundings: by as much as these.
     """
-    model = build(space).double()
+    model = build(space)
     generator = torch.Generator().manual_seed(draw)
 
     def rounded(tensor: Tensor) -> Tensor:
         noise = torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype)
         return tensor * (1 + ROUNDING * (2 * noise - 1))
 
+    def returned(_module: nn.Module, _args: Any, out: Tensor) -> Tensor:
+        # where it comes from, the gradient is rounded once more
+        if out.requires_grad:
+            out.register_hook(rounded)
+        out = rounded(out)
+        if out.requires_grad:
+            out.register_hook(rounded)
+        return out
+
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(rounded(parameter))
     for module in model.modules():
         if not any(True for _ in module.children()):
-            module.register_forward_hook(lambda module, args, out: rounded(out))
-    return train(space, model, torch.float64)
+            module.register_forward_hook(returned)
+    return train(space, model, torch.float32)
 
 
 def train(space: Space, model: nn.Module, dtype: torch.dtype) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nascompile.compiler.decision import Selection
 from nascompile.compiler.mutables import forced_mutator
+from nascompile.compiler.region.copies import Copies, DenseTensors, running_of
 from nascompile.compiler.region.decisions import Decided, Decisions
 from nascompile.compiler.region.executors import NATIVE, Executor
 from nascompile.compiler.region.flags import (
@@ -23,6 +24,7 @@ from nascompile.compiler.region.gradients import Wanted
 from nascompile.compiler.region.ir import Conv, Graph, Norm, TensorRef, Weight
 from nascompile.compiler.region.plan import Direction, Plan
 from nascompile.compiler.region.profiling import active
+from nascompile.compiler.region.types import Boundaries
 from nascompile.kernels.plan.program import ALIGNMENT
 from nascompile.kernels.plan.run import run_timed
 
@@ -31,10 +33,12 @@ FLAG_LIMIT = 4096
 
 
 class Memory:
-    """The slabs of a region's plans, used again and again: fresh pages are slow, and plans take turns."""
+    """The slabs of a region's plans, and copies of its tensors, used again and again: fresh pages are slow,
+    and plans take turns."""
 
     def __init__(self) -> None:
         self._free: list[Tensor] = []
+        self.copies = Copies()
 
     def lease(self, floats: int, executor: Executor) -> Lease:
         """Memory of at least so many elements, until the lease is given back or forgotten."""
@@ -117,8 +121,13 @@ class Execution:
         self._work = max(self.executor.work(direction.program) for direction in directions)
         self.options: dict[str, Any] = {"dtype": self.executor.dtype, "device": self.executor.device}
         self._flags: dict[frozenset[Weight], tuple[Tensor, list[bool]]] = {}
+        self.boundaries = Boundaries(plan.graph, [*self.parameters, *running_of(plan.graph)])
         sources = [("input", index) for index in range(len(plan.graph.sources))]
-        self._frozen = [ref for ref in _running_of(plan.graph) if ref not in set(self.buffers)]
+        self._frozen = [ref for ref in running_of(plan.graph) if ref not in set(self.buffers)]
+        self.dense_parameters, self._dense_buffers, self._dense_frozen = (
+            DenseTensors(plan.graph, refs, memory.copies)
+            for refs in (self.parameters, self.buffers, self._frozen)
+        )
         common = [*sources, *self.parameters, *self.buffers, *self._frozen, "decision"]
         outputs = range(len(plan.graph.outputs))
         self._forward = _places([*common, *(("output", index) for index in outputs)], plan.forward)
@@ -159,15 +168,22 @@ class Execution:
         """Run the forward program on inputs, parameters and decision; without `updates` on copies of the
         running statistics."""
         outputs = [self._new_like(value.shape) for value in self.plan.graph.outputs]
-        self._run(self.plan.forward, self._forward, slab, chosen, [*self._common(known, updates), *outputs])
+        values = [ref.value for ref in self.buffers]
+        buffers = self._dense_buffers.of(values, chosen)
+        buffers = buffers if updates else [buffer.clone() for buffer in buffers]
+        tensors = [*self._common(known, buffers, chosen), *outputs]
+        self._run(self.plan.forward, self._forward, slab, chosen, tensors)
         if updates and self.buffers:
+            self._dense_buffers.write_back(values, buffers, chosen)
             # the executor wrote to them behind autograd's back
-            torch.autograd.graph.increment_version([ref.value for ref in self.buffers])
+            torch.autograd.graph.increment_version(values)
         return outputs
 
-    def _common(self, known: Sequence[Tensor], updates: bool) -> list[Tensor]:
-        buffers = [ref.value if updates else ref.value.clone() for ref in self.buffers]
-        return [*known[:-1], *buffers, *(ref.value for ref in self._frozen), known[-1]]
+    def _common(
+        self, known: Sequence[Tensor], buffers: Sequence[Tensor], chosen: frozenset[Weight]
+    ) -> list[Tensor]:
+        frozen = self._dense_frozen.of([ref.value for ref in self._frozen], chosen)
+        return [*known[:-1], *buffers, *frozen, known[-1]]
 
     def _new_like(self, shape: tuple[int, ...]) -> Tensor:
         size = (self.plan.settings.images, *shape)
@@ -209,7 +225,9 @@ class Execution:
             for value, there in zip(self.plan.graph.sources, has[count:], strict=True)
         ]
         decision = torch.zeros(len(self.plan.settings.slots), **self.options)
-        tensors = [*self._common(known, True), *dense, *weights, *inputs, decision]
+        # no step of a backward program reads the running statistics of this list
+        buffers = [ref.value for ref in self.buffers]
+        tensors = [*self._common(known, buffers, chosen), *dense, *weights, *inputs, decision]
         self._run(direction, self._backward, slab, chosen, tensors)
         found = zip([*weights, *inputs], has, strict=True)
         gradients = [tensor if there else None for tensor, there in found]
@@ -254,18 +272,6 @@ def _places(names: Sequence[Any], direction: Direction) -> list[int]:
     return [numbers[what] for what in direction.tensors]
 
 
-def _running_of(graph: Graph) -> list[TensorRef]:
-    """All running statistics that a region reads or updates, each once."""
-    refs = (
-        ref
-        for value in graph.values
-        if isinstance(value.op, Norm)
-        for ref in (value.op.running_mean, value.op.running_var, value.op.counter)
-        if ref is not None
-    )
-    return list(dict.fromkeys(refs))
-
-
 def call(
     execution: Execution, decisions: Decisions, tensors: Sequence[Tensor], fallback: Callable[..., Any]
 ) -> tuple[Tensor, ...]:
@@ -276,20 +282,18 @@ def call(
         return RunPlan.apply(execution, decisions, fallback, *vectors, *tensors, *parameters)
     lease = execution.lease()
     with torch.no_grad():
-        known = _known(execution, vectors, tensors, parameters)
+        known = _known(execution, decisions.chosen, vectors, tensors, parameters)
         outputs = execution.forward(_slab(lease), decisions.chosen, known)
     lease.give_back()
     return tuple(outputs)
 
 
-def _known(
-    execution: Execution, vectors: Sequence[Tensor], tensors: Sequence[Tensor], parameters: Sequence[Tensor]
-) -> list[Tensor]:
-    """Inputs, parameters and decision as the executor wants them in memory."""
+def _known(execution: Execution, chosen: frozenset[Weight], *parts: Sequence[Tensor]) -> list[Tensor]:
+    """Decision, inputs and parameters as the executor wants them in memory, the decision last."""
+    vectors, tensors, parameters = parts
     decision = torch.cat(list(vectors)) if vectors else torch.empty(0, **execution.options)
     inputs = [tensor.contiguous(memory_format=execution.memory_format) for tensor in tensors]
-    dense = [parameter if parameter.is_contiguous() else parameter.contiguous() for parameter in parameters]
-    return [*inputs, *dense, decision]
+    return [*inputs, *execution.dense_parameters.of(parameters, chosen), decision]
 
 
 def _slab(lease: Lease) -> Tensor:
@@ -307,7 +311,7 @@ class RunPlan(torch.autograd.Function):
         ctx.execution, ctx.decisions, ctx.fallback = execution, decisions, fallback
         ctx.ends = (len(decisions.vectors), len(args) - len(execution.parameters))
         ctx.lease = execution.lease()
-        known = _known(execution, *_parts(ctx, args))
+        known = _known(execution, decisions.chosen, *_parts(ctx, args))
         outputs = execution.forward(_slab(ctx.lease), decisions.chosen, known)
         ctx.save_for_backward(*args)
         ctx.mark_non_differentiable(*(outputs[index] for index in execution.constant))
@@ -322,7 +326,7 @@ class RunPlan(torch.autograd.Function):
         execution, chosen = ctx.execution, ctx.decisions.chosen
         if torch.is_grad_enabled():
             return (None, None, None, *_differentiable(ctx, vectors, tensors, parameters, grads))
-        known = _known(execution, vectors, tensors, parameters)
+        known = _known(execution, chosen, vectors, tensors, parameters)
         if ctx.lease.slab is None:
             # the first backward has used the memory up
             ctx.lease = execution.lease()
@@ -332,6 +336,7 @@ class RunPlan(torch.autograd.Function):
         ctx.lease.give_back()
         found = [*_by_key(execution, ctx.decisions, chosen, decision), *found]
         needed = ctx.needs_input_grad[3:]
+        # autograd casts to the types of the parameters
         return (None, None, None, *(g if needs else None for g, needs in zip(found, needed, strict=True)))
 
 

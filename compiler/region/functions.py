@@ -71,7 +71,8 @@ def apply_function(graph: Graph, node: fx.Node, env: Env, owner: Weight | None) 
     if node.target is operator.getitem:
         return _slice(graph, node, env, owner)
     if node.target is torch.zeros_like:
-        return graph.add(Zero(), (), _value(node, node.args[0], env).shape, owner)
+        x = _value(node, node.args[0], env)
+        return graph.add(Zero(x.number), (), x.shape, owner)
     function, arguments = _bound(node)
     function.check(arguments)
     for name in function.names[: function.images]:
@@ -330,5 +331,5 @@ def _slice(graph: Graph, node: fx.Node, env: Env, owner: Weight | None) -> Value
     if all(user.target is torch.zeros_like for user in node.users):
         # only its size counts
         shape = tuple(len(range(n)[part]) for n, part in zip(x.shape, parts[1:], strict=True))
-        return graph.add(Zero(), (), shape, owner)  # type: ignore[arg-type]
+        return graph.add(Zero(x.number), (), shape, owner)  # type: ignore[arg-type]
     return images.cropped(graph, images.some_channels(graph, x, parts[1], owner), parts[2], parts[3], owner)

@@ -31,6 +31,12 @@ class TensorRef:
     name: str
 
     @property
+    def holder(self) -> dict[str, Any]:
+        """The module's parameters or its buffers, whichever the tensor is one of."""
+        parameters = self.module._parameters
+        return self.module._buffers if parameters.get(self.name) is None else parameters
+
+    @property
     def value(self) -> Tensor:
         """The tensor now."""
         found = self.module._parameters.get(self.name)
@@ -185,7 +191,10 @@ class Cat:
 
 @dataclass(frozen=True, slots=True)
 class Zero:
-    """Zeros of a size of their own; a term of a sum that adds nothing."""
+    """Zeros of a size of their own; a term of a sum that adds nothing. `like`: the number of the value whose
+    type they take."""
+
+    like: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from nascompile.compiler.region.ir import (
     Value,
     Weight,
 )
+from nascompile.compiler.region.types import working_type
 from nascompile.kernels.plan.steps import Activation
 
 Apply = Callable[[Graph, Any, Value, Weight | None], Value]
@@ -91,11 +92,11 @@ def _padded(graph: Graph, module: Any, x: Value, owner: Weight | None) -> tuple[
 
 
 def require_type(graph: Graph, tensor: torch.Tensor) -> None:
-    """Raise Unsupported unless a parameter or buffer has the type and device of the plan."""
-    if tensor.dtype != graph.dtype or tensor.device.type != graph.device:
+    """Raise Unsupported unless a parameter or buffer is on the plan's device, of a type it computes for."""
+    if working_type([tensor.dtype]) != graph.dtype or tensor.device.type != graph.device:
         raise Unsupported(
             f"a parameter is {tensor.dtype} on {tensor.device}, "
-            f"the images are {graph.dtype} on {graph.device}"
+            f"the plan computes in {graph.dtype} on {graph.device}"
         )
 
 

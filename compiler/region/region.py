@@ -19,6 +19,7 @@ from nascompile.compiler.region.ir import Unsupported, Weight
 from nascompile.compiler.region.plan import Plan, build
 from nascompile.compiler.region.read import read
 from nascompile.compiler.region.settings import Settings, read_borders
+from nascompile.compiler.region.types import working_type
 
 PLAN_LIMIT = 8
 """Plans kept for one region; the one not used for longest goes."""
@@ -88,7 +89,12 @@ class Region:
         execution = self._execution(tensors, decisions, executor)
         if not isinstance(execution, Execution):
             return execution(*tensors)
-        outputs = call(execution, decisions, tensors, self.fallback)
+        boundary = execution.boundaries.of(tensors, decisions.chosen)
+        if isinstance(boundary, str):
+            self._notes[self.__name__] = f"runs op by op: {boundary}"
+            return self.fallback(*tensors)
+        as_written = boundary.as_written(self.fallback)
+        outputs = boundary.call(lambda wide: call(execution, decisions, wide, as_written), tensors)
         return outputs[0] if len(outputs) == 1 else outputs
 
     @property
@@ -207,22 +213,25 @@ def executor_for(tensors: Sequence[Any]) -> Executor | str:
             return f"takes a {type(tensor).__name__}"
         if tensor.dim() != 4 or tensor.layout != torch.strided or tensor.numel() == 0:
             return f"takes a tensor of shape {tuple(tensor.shape)}"
-    if len({(tensor.shape[0], tensor.dtype, tensor.device) for tensor in tensors}) != 1:
-        return "takes batches of different sizes, types or devices"
-    reason = _why_not_now()
+    if len({(tensor.shape[0], tensor.device) for tensor in tensors}) != 1:
+        return "takes batches of different sizes or on different devices"
+    device = tensors[0].device.type
+    reason = _why_not_now(device)
     if reason is not None:
         return reason
-    device, dtype = tensors[0].device.type, tensors[0].dtype
-    suitable = [e for e in EXECUTORS if (e.device, e.dtype) == (device, dtype)]
+    types = list(dict.fromkeys(tensor.dtype for tensor in tensors))
+    working = working_type(types)
+    suitable = [e for e in EXECUTORS if (e.device, e.dtype) == (device, working)]
     if not suitable:
-        return f"there is no executor for {dtype} on {device}"
+        found = " and ".join(map(str, types))
+        return f"there is no plan for images in {found} on {device}: plans are for fp32, bf16 and fp16"
     reasons = [executor.why_not() for executor in suitable]
     return next((e for e, why in zip(suitable, reasons, strict=True) if why is None), reasons[0] or "")
 
 
-def _why_not_now() -> str | None:
+def _why_not_now(device: str) -> str | None:
     """Why no plan can run in the present state of torch, or None."""
-    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+    if device == "cuda" and torch.is_autocast_enabled(device):
         return "autocast is on"
     functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
     if functorch.maybe_current_level() is not None or torch._C._len_torch_dispatch_stack() > 0:

@@ -81,9 +81,14 @@ bool is_separable(const plan::ConvolveBackward& step) {
   return step.depthwise_taps.count > 0 && step.taps.count > 0;
 }
 
+// The tile of a separable convolution holds all its channels. Otherwise one vector of channels after another goes over the
+// tile: it should be large, for the gradients of the weights are read and written once for each, and the channels of x
+// that a dense gradient goes over again and again should fit the nearest cache.
 int64_t backward_rows(const plan::ConvolveBackward& step) {
   const int64_t channels = std::max(step.x.channels, step.y_channels);
-  return tile_rows(kTileFloats / channels, step.y_height, step.y_width);
+  const int64_t pixels = is_separable(step) ? kTileFloats / channels
+                                            : std::clamp<int64_t>(6144 / step.x.channels, 32, kTilePixels);
+  return tile_rows(pixels, step.y_height, step.y_width);
 }
 
 // Pixel (top, left) of the gradient on, every step_h-th row and step_w-th column.

@@ -82,12 +82,30 @@ void add_group(
   }
 }
 
+// The mean of a row's first pixels as `finish` stores them: sums are taken about it. Of several, for one of them may be
+// far from all others: the only one that a ReLU let through.
+template <int N, int64_t A>
+Channels<N> first_mean(const plan::Combine& step, const Tile& tile, const View& sum, const View& target) {
+  const int64_t pixels = std::min<int64_t>(tile.width, 8);
+  Channels<N> total;
+  for (int64_t x = 0; x < pixels; ++x) {
+    total = add(total, activate<A>(Channels<N>(sum.data + x * sum.pixel)));
+    if (step.adds) {
+      total = add(total, Channels<N>(target.data + x * target.pixel));
+    }
+  }
+  return multiply(total, Channels<N>(1.0f / static_cast<float>(pixels)));
+}
+
 // target (+)= activation(sum), with moments
 template <int N, int64_t A>
 void finish(const plan::Combine& step, const Tile& tile, int64_t channel, const View& sum, const View& target, double* moments) {
   Channels<N> shift;
   Channels<N> total;
   Channels<N> squares;
+  if (moments != nullptr) {
+    shift = first_mean<N, A>(step, tile, sum, target);
+  }
   for (int64_t y = 0; y < tile.rows; ++y) {
     const float* in = sum.data + y * sum.row;
     float* out = target.data + y * target.row;
@@ -98,9 +116,6 @@ void finish(const plan::Combine& step, const Tile& tile, int64_t channel, const 
       }
       value.store(out);
       if (moments != nullptr) {
-        if (y == 0 && x == 0) {
-          shift = value;
-        }
         value = subtract(value, shift);
         total = add(total, value);
         squares = multiply_add(value, value, squares);

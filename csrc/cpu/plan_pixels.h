@@ -127,7 +127,7 @@ inline void blocks(int64_t pixels, const Visit& visit) {
 }
 
 // Sums and sums of squares per channel, over one tile in fp32 and over all in fp64. In a tile they are taken about its
-// first pixel, so that a variance much smaller than the mean's square keeps its digits.
+// first pixels, so that a variance much smaller than the mean's square keeps its digits.
 class Moments {
  public:
   // `memory`: 3 * channels floats. `sums`: [sum][sum of squares], or null where no moments are wanted.
@@ -137,7 +137,7 @@ class Moments {
   template <int kPixels>
   void add(const Vec (&values)[kPixels], int64_t channel, bool first) const {
     float* const memory = memory_ + channel;
-    const Vec shift = first ? values[0] : Vec::loadu(memory);
+    const Vec shift = first ? mean(values) : Vec::loadu(memory);
     Vec sum(0.0f);
     Vec square(0.0f);
 #pragma GCC unroll 8
@@ -192,6 +192,17 @@ class Moments {
   }
 
  private:
+  // of several, for one of them may be far from all others: the only one that a ReLU let through
+  template <int kPixels>
+  static Vec mean(const Vec (&values)[kPixels]) {
+    Vec sum = values[0];
+#pragma GCC unroll 8
+    for (int p = 1; p < kPixels; ++p) {
+      sum = sum + values[p];
+    }
+    return sum * Vec(1.0f / kPixels);
+  }
+
   float* memory_;
   double* sums_;
   int64_t channels_;

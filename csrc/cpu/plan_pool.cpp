@@ -100,6 +100,7 @@ class Moments {
     if (is_first_) {
       shift_ = value;
       is_first_ = false;
+      is_of_one_ = true;
     }
     const Channels<N> about = subtract(value, shift_);
     total_ = add(total_, about);
@@ -108,9 +109,11 @@ class Moments {
   // at the end of every row of `pixels`
   void end_row(int64_t pixels, bool is_last) {
     pixels_ += pixels;
-    if (sums_ != nullptr && (pixels_ >= kSumPixels || is_last)) {
+    if (sums_ != nullptr && (pixels_ >= kSumPixels || is_of_one_ || is_last)) {
       add_moments(sums_, channels_, pixels_, shift_, total_, squares_);
-      is_first_ = true;
+      // one pixel may be far from all others, the mean of a row is not
+      shift_ = multiply_add(total_, Channels<N>(1.0f / static_cast<float>(pixels_)), shift_);
+      is_of_one_ = false;
       total_ = Channels<N>();
       squares_ = Channels<N>();
       pixels_ = 0;
@@ -122,6 +125,7 @@ class Moments {
   int64_t channels_;
   int64_t pixels_ = 0;
   bool is_first_ = true;
+  bool is_of_one_ = false;
   Channels<N> shift_;
   Channels<N> total_;
   Channels<N> squares_;

@@ -68,6 +68,12 @@ class Pair:
     def plans(self) -> int:
         return sum(len(found.plans) for found in regions(self.compiled))
 
+    def assert_planned(self) -> None:
+        """The compiled model has plans and nothing keeps them from running."""
+        assert self.plans
+        assert self.compiled.islands == []
+        assert not self.notes
+
     @property
     def notes(self) -> str:
         return " ".join(self.compiled.notes.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -51,6 +52,16 @@ def test_as_good_as_eager_in_fp32(case: Case, instruction_set: str) -> None:
     actual = train(compiled, mutator, case, torch.float32)
     assert_rounds_closer(actual, references, eagerly(case, torch.float64))
     assert_regions(compiled, case)
+
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "max": lambda: nn.MaxPool2d(3, 1, 1),
+    "avg": lambda: nn.AvgPool2d(1, 1),
+    "pointwise": lambda: nn.Conv2d(8, 8, 1, bias=False),
+    "dense": lambda: nn.Conv2d(8, 8, 3, padding=1, bias=False),
+    "depthwise": lambda: nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False),
+}
 
 
 # ----- what single models brought to light
@@ -165,6 +176,24 @@ def test_weights_of_a_region_that_is_not_reached_have_no_gradient() -> None:
     assert_same(*compared(TwoRegions, decisions))
 
 
+@pytest.mark.parametrize("layer", LAYERS)
+def test_batch_statistics_of_images_with_an_outlier(layer: str, instruction_set: str) -> None:
+    """What a ReLU leaves of an image may be its first pixel: not what to take a variance about."""
+    results = []
+    images = 1e-3 * torch.rand(4, 8, 12, 11)
+    images[:, :, 0, 0] = 2
+    for dtype, compile_it in ((torch.float32, True), (torch.float32, False), (torch.float64, False)):
+        torch.manual_seed(0)
+        candidates = [nn.Sequential(LAYERS[layer](), nn.BatchNorm2d(8)), nn.Identity()]
+        model = nn.Sequential(LayerChoice(candidates)).to(dtype)
+        Decided(model).decide({"LayerChoice1": torch.tensor([True, False])})
+        compiled = nascompile.compile(model) if compile_it else model
+        results.append(compiled(images.to(dtype)))
+        if isinstance(compiled, nascompile.CompiledModel):
+            assert compiled.entries[0].regions[0].plans
+    numerics.assert_closer(*results)
+
+
 @pytest.mark.parametrize("ratio", [1, 10])
 def test_batch_statistics_of_images_with_a_mean(ratio: int, instruction_set: str) -> None:
     """A variance is not the difference of two sums of squares in fp32."""
@@ -177,3 +206,23 @@ def test_batch_statistics_of_images_with_a_mean(ratio: int, instruction_set: str
         images = torch.randn(4, 8, 9, 7) + ratio
         results.append((nascompile.compile(model) if compile_it else model)(images.to(dtype)))
     numerics.assert_closer(*results)
+
+
+class DropsTwice(nn.Module):
+    """The first dropout reads what the second one's choice stands behind; only the order of the program tells
+    which comes first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(8, 8, 1)
+        self.one = LayerChoice([Unit("acb", 8), SepConv(8, 3)])
+        self.two = LayerChoice([nn.Dropout(), nn.Identity()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = nn.functional.dropout(x)
+        return self.two(self.one(x)) + y
+
+
+def test_random_numbers_are_drawn_in_the_order_of_the_program() -> None:
+    assert_same(*compared(DropsTwice, {"LayerChoice1": [0.5, 0.5], "LayerChoice2": [0.5, 0.5]}))

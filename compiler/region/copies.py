@@ -1,0 +1,107 @@
+"""Parameters and running statistics as executors want them: dense, and in the type that plans compute in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+
+import torch
+from torch import Tensor
+
+from nascompile.compiler.region.ir import Graph, Norm, Op, TensorRef, Weight
+from nascompile.compiler.region.types import is_computed
+
+LIVE_LIMIT = 4096
+"""Decisions for which it is kept what they need."""
+
+
+class Copies:
+    """A region's copies of tensors that are strided or of another type than its plans compute in.
+
+    They are filled again and again: a thousand new tensors cost four times as much as filling them.
+    """
+
+    def __init__(self) -> None:
+        self._copies: dict[TensorRef, Tensor] = {}
+
+    def get(self, ref: TensorRef, value: Tensor, dtype: torch.dtype) -> Tensor:
+        """The copy for a tensor, whatever it holds."""
+        copy = self._copies.get(ref)
+        if copy is None or copy.shape != value.shape or copy.dtype != dtype:
+            copy = self._copies[ref] = torch.empty(value.shape, dtype=dtype, device=value.device)
+        return copy
+
+
+class DenseTensors:
+    """The tensors that `refs` refer to, as the executor of a plan wants them. Call without gradients."""
+
+    def __init__(self, graph: Graph, refs: Sequence[TensorRef], copies: Copies) -> None:
+        self._graph, self._refs, self._copies = graph, refs, copies
+        self._own: list[Tensor | None] = [None] * len(refs)
+        self._live: dict[frozenset[Weight], list[int]] = {}
+
+    def of(self, values: Sequence[Tensor], chosen: frozenset[Weight]) -> list[Tensor]:
+        """`values`, which `refs` refer to: themselves, or copies in the type of the plan. What the decision
+        does not need stays as it is."""
+        found = list(values)
+        # one tensor that several modules hold has one copy
+        filled: dict[int, Tensor] = {}
+        sources: list[Tensor] = []
+        fitting = (self._graph.dtype, torch.int64)
+        for k in self._needed(chosen):
+            value = values[k]
+            if value.dtype in fitting and value.is_contiguous():
+                continue
+            copy = filled.get(id(value))
+            if copy is None:
+                copy = filled[id(value)] = self._copy(k, value)
+                sources.append(value)
+            found[k] = copy
+        _copy(list(filled.values()), sources)
+        return found
+
+    def write_back(
+        self, values: Sequence[Tensor], copies: Sequence[Tensor], chosen: frozenset[Weight]
+    ) -> None:
+        """Round what `of` gave for `values`, where it was copies, into these."""
+        changed = [k for k in self._needed(chosen) if copies[k] is not values[k]]
+        _copy([values[k] for k in changed], [copies[k] for k in changed])
+
+    def _copy(self, k: int, value: Tensor) -> Tensor:
+        copy = self._own[k]
+        if copy is None:
+            copy = self._own[k] = self._copies.get(self._refs[k], value, self._graph.dtype)
+        return copy
+
+    def _needed(self, chosen: frozenset[Weight]) -> list[int]:
+        found = self._live.get(chosen)
+        if found is None:
+            if len(self._live) >= LIVE_LIMIT:
+                self._live.clear()
+            computed = (value for value in self._graph.values if is_computed(value, chosen))
+            live = {ref for value in computed for ref in refs_of(value.op)}
+            found = self._live[chosen] = [k for k, ref in enumerate(self._refs) if ref in live]
+        return found
+
+
+def running_of(graph: Graph) -> list[TensorRef]:
+    """All running statistics that a region reads or updates, each once."""
+    refs = (
+        ref
+        for value in graph.values
+        if isinstance(value.op, Norm)
+        for ref in (value.op.running_mean, value.op.running_var, value.op.counter)
+        if ref is not None
+    )
+    return list(dict.fromkeys(refs))
+
+
+def refs_of(op: Op) -> list[TensorRef]:
+    """The parameters and buffers that an operation names."""
+    found = (getattr(op, field.name) for field in fields(op))
+    return [ref for ref in found if isinstance(ref, TensorRef)]
+
+
+def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
+    if targets:
+        torch._foreach_copy_(targets, sources)  # type: ignore[reportPrivateImportUsage]
