@@ -22,6 +22,8 @@ from nascompile.kernels.plan.steps import Activation
 
 Env = dict[fx.Node, Value]
 Arguments = dict[str, Any]
+_IN_PLACE = "in place"
+"""Among the arguments: whether the function changes its first one, and so keeps its type."""
 
 
 def _anything(_: Arguments) -> None:
@@ -103,7 +105,13 @@ def _bound(node: fx.Node) -> tuple[Function, Arguments]:
     arguments = {**dict(zip(function.names, given, strict=False)), **node.kwargs}
     if len(given) > len(function.names) or set(arguments) - set(function.names):
         raise Unsupported(f"{node.name} has arguments that regions do not know")
-    return function, arguments
+    return function, {**arguments, _IN_PLACE: node.target is out_of_place or _is_in_place(target)}
+
+
+def _is_in_place(target: Any) -> bool:
+    if isinstance(target, str):
+        return target.endswith("_")
+    return target in (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 
 
 def _is_number(argument: Any) -> bool:
@@ -133,7 +141,7 @@ def _add(graph: Graph, arguments: Arguments, owner: Weight | None) -> Value:
     if _is_number(one) or _is_number(other):
         x, number = (other, one) if _is_number(one) else (one, other)
         return graph.scale(x, 1.0, float(number), owner)
-    return images.added(graph, [one, other], owner)
+    return images.added(graph, [one, other], owner, in_place=arguments[_IN_PLACE])
 
 
 def _subtract(graph: Graph, arguments: Arguments, owner: Weight | None) -> Value:
@@ -142,7 +150,8 @@ def _subtract(graph: Graph, arguments: Arguments, owner: Weight | None) -> Value
         return graph.scale(one, 1.0, -float(other), owner)
     if _is_number(one):
         return graph.scale(other, -1.0, float(one), owner)
-    return images.added(graph, [one, graph.scale(other, -1.0, 0.0, owner)], owner)
+    negative = graph.scale(other, -1.0, 0.0, owner)
+    return images.added(graph, [one, negative], owner, in_place=arguments[_IN_PLACE])
 
 
 def _multiply(graph: Graph, arguments: Arguments, owner: Weight | None) -> Value:
@@ -150,7 +159,7 @@ def _multiply(graph: Graph, arguments: Arguments, owner: Weight | None) -> Value
     if _is_number(one) or _is_number(other):
         x, number = (other, one) if _is_number(one) else (one, other)
         return graph.scale(x, float(number), 0.0, owner)
-    return images.multiplied(graph, one, other, owner)
+    return images.multiplied(graph, one, other, owner, in_place=arguments[_IN_PLACE])
 
 
 def _negate(graph: Graph, arguments: Arguments, owner: Weight | None) -> Value:

@@ -29,22 +29,28 @@ INDEX_LIMIT = 255
 """Pixels of a window whose maximum is known by one byte."""
 
 
-def added(graph: Graph, values: Sequence[Value], owner: Weight | None) -> Value:
-    """The plain sum of images of one shape."""
+def added(graph: Graph, values: Sequence[Value], owner: Weight | None, *, in_place: bool = False) -> Value:
+    """The plain sum of images of one shape; `in_place`: in the type of the first."""
     if len({value.shape for value in values}) > 1:
         raise Unsupported(f"a sum broadcasts {[value.shape for value in values]}")
     terms = tuple(TermInfo(None, ()) for _ in values)
-    return graph.add(Sum(terms), values, values[0].shape, owner)
+    return graph.add(Sum(terms, 0 if in_place else None), values, values[0].shape, owner)
 
 
-def multiplied(graph: Graph, one: Value, other: Value, owner: Weight | None) -> Value:
-    """The product of two images, either of which may have one channel or one pixel for all."""
+def multiplied(
+    graph: Graph, one: Value, other: Value, owner: Weight | None, *, in_place: bool = False
+) -> Value:
+    """The product of two images, either of which may have one channel or one pixel for all.
+
+    `in_place`: in the type of the first.
+    """
     if 1 in (one.channels, other.channels):
         one, other = _spread(graph, one, other, owner), _spread(graph, other, one, owner)
     image, gate = (other, one) if one.shape[1:] == (1, 1) else (one, other)
+    like = int(image is not one) if in_place else None
     if gate.shape not in (image.shape, (image.channels, 1, 1)):
         raise Unsupported(f"a product broadcasts {[image.shape, gate.shape]}")
-    return graph.add(Gate(), (image, gate), image.shape, owner)
+    return graph.add(Gate(like), (image, gate), image.shape, owner)
 
 
 def _spread(graph: Graph, x: Value, like: Value, owner: Weight | None) -> Value:

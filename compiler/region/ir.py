@@ -207,14 +207,20 @@ class TermInfo:
 
 @dataclass(frozen=True, slots=True)
 class Sum:
-    """A weighted sum; one TermInfo for every input."""
+    """A weighted sum; one TermInfo for every input.
+
+    `like`: the input whose type it takes, where it is made in place.
+    """
 
     terms: tuple[TermInfo, ...]
+    like: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """image * gate, where the gate is an image of the same size or has one pixel."""
+    """image * gate, where the gate is an image of the same size or has one pixel. `like` as in Sum."""
+
+    like: int | None = None
 
 
 Op = Source | Conv | Norm | Act | PoolOp | Crop | Pad | Channels | Arrange | Spread | Cat | Zero | Sum | Gate

@@ -153,6 +153,8 @@ def output_types(graph: Graph, inputs: Sequence[torch.dtype], chosen: frozenset[
         elif isinstance(op, Crop | Pad | Channels | Arrange | Spread) or is_scaled(value):
             # numbers of the program do not widen what they are multiplied with
             found[value] = found[value.inputs[0]]
+        elif isinstance(op, Sum | Gate) and op.like is not None:
+            found[value] = found[value.inputs[op.like]]
         else:
             question = QUESTIONS.get(type(op))
             if question is None:
