@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import fields
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from nascompile.compiler.region.ir import Graph, Norm, Op, TensorRef, Weight
 from nascompile.compiler.region.types import is_computed
 
+_TYPE_OF = operator.attrgetter("dtype")
 LIVE_LIMIT = 4096
 """Decisions for which it is kept what they need."""
 
@@ -37,17 +39,24 @@ class DenseTensors:
 
     def __init__(self, graph: Graph, refs: Sequence[TensorRef], copies: Copies) -> None:
         self._graph, self._refs, self._copies = graph, refs, copies
+        self._dicts, self._names = [ref.dictionary for ref in refs], [ref.name for ref in refs]
         self._own: list[Tensor | None] = [None] * len(refs)
         self._live: dict[frozenset[Weight], list[int]] = {}
+
+    def values(self) -> list[Tensor]:
+        """The tensors now."""
+        return list(map(operator.getitem, self._dicts, self._names))
 
     def of(self, values: Sequence[Tensor], chosen: frozenset[Weight]) -> list[Tensor]:
         """`values`, which `refs` refer to: themselves, or copies in the type of the plan. What the decision
         does not need stays as it is."""
         found = list(values)
+        fitting = {self._graph.dtype, torch.int64}
+        if fitting.issuperset(map(_TYPE_OF, found)) and all(map(Tensor.is_contiguous, found)):
+            return found
         # one tensor that several modules hold has one copy
         filled: dict[int, Tensor] = {}
         sources: list[Tensor] = []
-        fitting = (self._graph.dtype, torch.int64)
         for k in self._needed(chosen):
             value = values[k]
             if value.dtype in fitting and value.is_contiguous():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ from nascompile.compiler.region.types import Boundaries
 from nascompile.kernels.plan.program import ALIGNMENT
 from nascompile.kernels.plan.run import run_timed
 
+_WANTS_GRADIENT = operator.attrgetter("requires_grad")
 FLAG_LIMIT = 4096
 """Decisions whose flags are kept."""
 
@@ -102,6 +105,17 @@ def buffers_of(graph: Graph) -> list[TensorRef]:
     return list(found)
 
 
+@dataclass(frozen=True, slots=True)
+class _Reached:
+    """What has a gradient: numbers of parameters, tensors of their sizes, their elements together; and for
+    every input whether it has."""
+
+    parameters: list[int]
+    like: list[Tensor]
+    floats: int
+    inputs: list[bool]
+
+
 class Execution:
     """A plan, and everything that is the same in all its runs.
 
@@ -131,7 +145,7 @@ class Execution:
         common = [*sources, *self.parameters, *self.buffers, *self._frozen, "decision"]
         outputs = range(len(plan.graph.outputs))
         self._forward = _places([*common, *(("output", index) for index in outputs)], plan.forward)
-        self.gradients = [*self.parameters, *sources]
+        self._reached_by: dict[frozenset[Weight], _Reached] = {}
         if plan.backward is not None:
             asked = [("grad", ref) for ref in self.parameters] + [("grad input", i) for _, i in sources]
             names = [*common, *(("grad output", index) for index in outputs), *asked, "grad decision"]
@@ -146,10 +160,10 @@ class Execution:
 
     def suits(self, grad: bool) -> bool:
         """Whether the parameters are still what the plan was made for."""
-        parameters = [ref.value for ref in self.parameters]
-        wants = grad and any(parameter.requires_grad for parameter in parameters)
+        parameters = self.dense_parameters.values()
+        wants = grad and any(map(_WANTS_GRADIENT, parameters))
         has = self.wanted is not None and self.wanted.parameters
-        return wants == has and [parameter.shape for parameter in parameters] == self.shapes
+        return wants == has and list(map(Tensor.size, parameters)) == self.shapes
 
     def flags(self, chosen: frozenset[Weight]) -> tuple[Tensor, list[bool]]:
         """The flags under a decision."""
@@ -168,7 +182,7 @@ class Execution:
         """Run the forward program on inputs, parameters and decision; without `updates` on copies of the
         running statistics."""
         outputs = [self._new_like(value.shape) for value in self.plan.graph.outputs]
-        values = [ref.value for ref in self.buffers]
+        values = self._dense_buffers.values()
         buffers = self._dense_buffers.of(values, chosen)
         buffers = buffers if updates else [buffer.clone() for buffer in buffers]
         tensors = [*self._common(known, buffers, chosen), *outputs]
@@ -182,7 +196,7 @@ class Execution:
     def _common(
         self, known: Sequence[Tensor], buffers: Sequence[Tensor], chosen: frozenset[Weight]
     ) -> list[Tensor]:
-        frozen = self._dense_frozen.of([ref.value for ref in self._frozen], chosen)
+        frozen = self._dense_frozen.of(self._dense_frozen.values(), chosen)
         return [*known[:-1], *buffers, *frozen, known[-1]]
 
     def _new_like(self, shape: tuple[int, ...]) -> Tensor:
@@ -213,33 +227,49 @@ class Execution:
             else grad.contiguous(memory_format=self.memory_format)
             for grad, value in zip(grads, self.plan.graph.outputs, strict=True)
         ]
-        values = self.flags(chosen)[1]
-        has = [self.is_reached(what, values) for what in self.gradients]
-        count = len(self.parameters)
-        empty = torch.empty(0, **self.options)
-        reached = [shape for shape, there in zip(self.shapes, has[:count], strict=True) if there]
-        pieces = iter(self._pieces(reached))
-        weights = [next(pieces) if there else empty for there in has[:count]]
+        reached, empty = self._reached(chosen), torch.empty(0, **self.options)
+        weights = self._weights(reached, empty)
         inputs = [
             self._new_like(value.shape) if there else empty
-            for value, there in zip(self.plan.graph.sources, has[count:], strict=True)
+            for value, there in zip(self.plan.graph.sources, reached.inputs, strict=True)
         ]
         decision = torch.zeros(len(self.plan.settings.slots), **self.options)
         # no step of a backward program reads the running statistics of this list
-        buffers = [ref.value for ref in self.buffers]
+        buffers = self._dense_buffers.values()
         tensors = [*self._common(known, buffers, chosen), *dense, *weights, *inputs, decision]
         self._run(direction, self._backward, slab, chosen, tensors)
-        found = zip([*weights, *inputs], has, strict=True)
-        gradients = [tensor if there else None for tensor, there in found]
         wants = self.wanted is not None and self.wanted.decision
-        return [decision if wants else None, *gradients[count:], *gradients[:count]]
+        found = [None if gradient is empty else gradient for gradient in (*inputs, *weights)]
+        return [decision if wants else None, *found]
 
-    def _pieces(self, shapes: Sequence[torch.Size]) -> Sequence[Tensor]:
-        """New tensors of these shapes in one piece of memory: a thousand allocations cost more than the
-        step's sums."""
-        sizes = [shape.numel() for shape in shapes]
-        flat = torch.zeros(sum(sizes), **self.options)
-        return [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
+    def _weights(self, reached: _Reached, empty: Tensor) -> list[Tensor]:
+        """Gradients of zeros for the parameters that are reached, `empty` for the others: in one piece of
+        memory, for a thousand allocations cost more than the step's sums."""
+        flat = torch.zeros(reached.floats, **self.options)
+        pieces = torch._C._nn.unflatten_dense_tensors(flat, reached.like)  # type: ignore[attr-defined]
+        weights = [empty] * len(self.parameters)
+        for index, piece in zip(reached.parameters, pieces, strict=True):
+            weights[index] = piece
+        return weights
+
+    def _reached(self, chosen: frozenset[Weight]) -> _Reached:
+        """What has a gradient under a decision."""
+        found = self._reached_by.get(chosen)
+        if found is None:
+            values = self.flags(chosen)[1]
+            parameters = [k for k, ref in enumerate(self.parameters) if self.is_reached(ref, values)]
+            sources = range(len(self.plan.graph.sources))
+            found = _Reached(
+                parameters,
+                # their sizes only: they have no memory
+                [torch.empty(self.shapes[k], dtype=self.executor.dtype, device="meta") for k in parameters],
+                sum(self.shapes[k].numel() for k in parameters),
+                [self.is_reached(("input", index), values) for index in sources],
+            )
+            if len(self._reached_by) >= FLAG_LIMIT:
+                self._reached_by.clear()
+            self._reached_by[chosen] = found
+        return found
 
     def is_reached(self, what: Any, values: Sequence[bool]) -> bool:
         """Whether there is a gradient of a parameter, an input or a decision under flags of these values."""
@@ -277,7 +307,7 @@ def call(
 ) -> tuple[Tensor, ...]:
     """The outputs of a region, with gradients where autograd wants them."""
     vectors = list(decisions.vectors.values())
-    parameters = [ref.value for ref in execution.parameters]
+    parameters = execution.dense_parameters.values()
     if execution.wanted is not None:
         return RunPlan.apply(execution, decisions, fallback, *vectors, *tensors, *parameters)
     lease = execution.lease()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -37,12 +37,14 @@ class TensorRef:
         return self.module._buffers if parameters.get(self.name) is None else parameters
 
     @property
+    def dictionary(self) -> dict[str, Any]:
+        """Where the module keeps the tensor."""
+        return self.module._buffers if self.name in self.module._buffers else self.module._parameters
+
+    @property
     def value(self) -> Tensor:
         """The tensor now."""
-        found = self.module._parameters.get(self.name)
-        tensor = self.module._buffers[self.name] if found is None else found
-        assert tensor is not None
-        return tensor
+        return self.dictionary[self.name]
 
     def __hash__(self) -> int:
         return hash((id(self.module), self.name))
@@ -64,8 +66,7 @@ class Constants(nn.Module):
         return TensorRef(self, name)
 
 
-@dataclass(frozen=True, slots=True)
-class Weight:
+class Weight(NamedTuple):
     """The decision's weight of candidate `index` of the choice called `key`; that `of_mean` is divided by
     the number chosen."""
 

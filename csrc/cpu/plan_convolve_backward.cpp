@@ -81,12 +81,20 @@ bool is_separable(const plan::ConvolveBackward& step) {
   return step.depthwise_taps.count > 0 && step.taps.count > 0;
 }
 
-// The tile of a separable convolution holds all its channels. Otherwise one vector of channels after another goes over the
+// A pointwise convolution by itself: the gradient of a pixel of x depends on that pixel of y alone, so that dy is never
+// stored whole.
+bool is_pointwise(const plan::ConvolveBackward& step) {
+  return step.depthwise_taps.count == 0 && step.taps.count == 1 && step.stride_h == 1 && step.stride_w == 1 &&
+      step.x.height == step.y_height && step.x.width == step.y_width;
+}
+
+// The tile of a separable convolution holds all its channels, as that of a pointwise one. Otherwise one vector of channels after another goes over the
 // tile: it should be large, for the gradients of the weights are read and written once for each, and the channels of x
 // that a dense gradient goes over again and again should fit the nearest cache.
 int64_t backward_rows(const plan::ConvolveBackward& step) {
   const int64_t channels = std::max(step.x.channels, step.y_channels);
   const int64_t pixels = is_separable(step) ? kTileFloats / channels
+      : is_pointwise(step)                  ? std::clamp<int64_t>(8192 / channels, 32, kTilePixels)
                                             : std::clamp<int64_t>(6144 / step.x.channels, 32, kTilePixels);
   return tile_rows(pixels, step.y_height, step.y_width);
 }
@@ -122,11 +130,43 @@ void make_dx(const plan::ConvolveBackward& step, const plan::Image& image) {
   }
 }
 
+// All gradients of the rows of `part`, whose source is x.
+void pointwise_tile(
+    const plan::ConvolveBackward& step, const plan::Image& image, int64_t row, const Rectangle& part) {
+  const plan::Tap& tap = *step.taps.in(image.program);
+  const plan::Map& dx = step.dx;
+  Rectangle tile = part;
+  tile.source += tap.offset;
+  tile.target = image.tile;
+  tile.target_row = step.y_width * step.y_channels;
+  tile.target_pixel = step.y_channels;
+  make_dy(step, image, row, tile);
+  const int64_t size = tap.weight * step.x.channels * step.y_channels;
+  if (step.gradient != plan::kNone) {
+    dense_gradient(tile, step.x.channels, step.y_channels, image.gradients + step.gradient + size);
+  }
+  if (step.needs_input != 0) {
+    const Rectangle back{
+        tile.target,
+        tile.target_row,
+        tile.target_pixel,
+        image.at(dx) + row * dx.row,
+        dx.row,
+        dx.pixel,
+        part.rows,
+        part.columns};
+    const plan::Tap same{0, tap.weight};
+    const float* const weights = image.slab + step.weights_transposed;
+    const Moments none(nullptr, nullptr, 0);
+    dense({&same, 1, weights, step.y_channels, step.x.channels, step.adds != 0, false}, back, none);
+  }
+}
+
 }  // namespace
 
 int64_t plan_convolve_backward_tile(const plan::ConvolveBackward& step, const int64_t*) {
   const int64_t channels = step.x.channels + step.y_channels;
-  return is_separable(step) ? backward_rows(step) * step.y_width * channels : 0;
+  return is_separable(step) || is_pointwise(step) ? backward_rows(step) * step.y_width * channels : 0;
 }
 
 void plan_convolve_backward(const plan::ConvolveBackward& step, const plan::Image& image) {
@@ -155,7 +195,9 @@ void plan_convolve_backward(const plan::ConvolveBackward& step, const plan::Imag
         padded.pixel,
         std::min(rows, step.y_height - row),
         step.y_width};
-    if (!separable) {
+    if (is_pointwise(step)) {
+      pointwise_tile(step, image, row, part);
+    } else if (!separable) {
       make_dy(step, image, row, part);
       for (int64_t tap = 0; needs_gradient && tap < step.taps.count; ++tap) {
         Rectangle shifted = part;
@@ -194,7 +236,7 @@ void plan_convolve_backward(const plan::ConvolveBackward& step, const plan::Imag
       depthwise_gradient(depthwise_taps, step.depthwise_taps.count, part, x.channels, spatial_gradient);
     }
   }
-  if (step.needs_input != 0) {
+  if (step.needs_input != 0 && !is_pointwise(step)) {
     make_dx(step, image);
   }
 }

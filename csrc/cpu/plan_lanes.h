@@ -50,6 +50,16 @@ struct Channels {
       part[i].store(to + i * Vec::size());
     }
   }
+  // past the caches, for what nobody reads soon
+  void stream(float* to) const {
+#ifdef CPU_CAPABILITY_AVX512
+    for (int i = 0; i < kCount; ++i) {
+      _mm512_stream_ps(to + i * Vec::size(), part[i]);
+    }
+#else
+    store(to);
+#endif
+  }
   template <typename Function, typename... Others>
   NASCOMPILE_INLINE friend Channels each(const Function& function, const Channels& first, const Others&... others) {
     Channels result;

@@ -420,6 +420,8 @@ void plan_unstage(const plan::Unstage& step, const plan::Image& image) {
   const View target(step.target, image);
   const bool flat = is_flat(step.gradient) && is_flat(step.source) && is_flat(step.target);
   double* moments = step.moments < 0 ? nullptr : image.sums + step.moments;
+  // what has moments waits for those of the whole batch before anyone reads it
+  const bool streams = image.streams && moments != nullptr && step.target.space == plan::kSlab;
   switch_activation(step.activation, [&](auto activation) {
     for_tiles(step.source, flat, [&](const Tile& tile) {
       for_channels(tile.begin, tile.end, [&](int64_t channel, auto n) {
@@ -439,7 +441,11 @@ void plan_unstage(const plan::Unstage& step, const plan::Image& image) {
             if (step.adds) {
               passed = add(passed, Channels<n>(out));
             }
-            passed.store(out);
+            if (streams) {
+              passed.stream(out);
+            } else {
+              passed.store(out);
+            }
             in += gradient.pixel;
             value += source.pixel;
             out += target.pixel;
