@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nascompile.mutables import InputChoice, LayerChoice
+from tests.compiler.region_layouts import Split
 from tests.compiler.region_models import (
     DropPath,
     FactorizedReduce,
@@ -23,6 +24,7 @@ from tests.compiler.region_models import (
     Unit,
     pool_bn,
 )
+from tests.compiler.region_patterns import Acted, MobileBlock, OnceForAll
 
 
 @dataclass(frozen=True)
@@ -104,13 +106,19 @@ LAYERS: dict[str, Callable[[int], nn.Module]] = {
     "none": lambda c: Nothing(),
     "relu": lambda c: nn.ReLU(),
     "bn": lambda c: nn.BatchNorm2d(c),
+    "silu": lambda c: Acted(F.silu, c),
+    "gelu": lambda c: nn.GELU(),
+    "hardswish": lambda c: nn.Sequential(nn.Conv2d(c, c, 3, padding="same"), nn.Hardswish()),
+    "excited": lambda c: MobileBlock(c, 3, nn.Hardswish, "mean"),
+    "gated": lambda c: OnceForAll(c),
+    "split": lambda c: Split(c) if c > 3 else nn.Sigmoid(),
+    "times_zero": lambda c: TimesZero(),
 }
 RARE: dict[str, Callable[[int], nn.Module]] = {
-    "gelu": lambda c: nn.GELU(),
+    "mish": lambda c: nn.Mish(),
     "grouped": lambda c: Unit("acb", c, groups=c if c < 4 or c % 2 else 2),
     "dropout": lambda c: nn.Dropout(0.2),
     "drop_path": lambda c: DropPath(Unit("acb", c)),
-    "times_zero": lambda c: TimesZero(),
 }
 STRIDED: dict[str, Callable[[int], nn.Module]] = {
     "relu_conv_bn": lambda c: Unit("acb", c, stride=2),
@@ -122,7 +130,7 @@ STRIDED: dict[str, Callable[[int], nn.Module]] = {
     "none": lambda c: Nothing(2),
     "reduce": FactorizedReduce,
 }
-AFTER = ("", "", "", "relu", "bn", "conv", "gelu")
+AFTER = ("", "", "", "relu", "bn", "conv", "mish")
 
 
 class Net(nn.Module):
