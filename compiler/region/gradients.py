@@ -20,11 +20,11 @@ from nascompile.compiler.region.ir import (
     Norm,
     Source,
     Sum,
-    TensorRef,
     Value,
     Weight,
 )
 from nascompile.compiler.region.memory import Buffer, Place
+from nascompile.compiler.region.packing import Rows
 from nascompile.compiler.region.storage import ConvOf, TermOf
 from nascompile.compiler.region.tasks import Summed, Task, TaskList
 from nascompile.kernels.plan.steps import (
@@ -97,7 +97,7 @@ class Gradients:
         self._staged_norms: defaultdict[Value, list[Callable[[Place, int, bool], None]]] = defaultdict(list)
         self._places: dict[Value, Place] = {}
         self._begun: set[Hashable] = set()
-        self._slots: dict[TensorRef, list[tuple[int, int]]] = {}
+        self._slots: dict[Rows, list[tuple[int, int]]] = {}
         self.reached: dict[Hashable, int] = {}
         self._is_needed = self._needed()
         self._with_parameters = self.flags.chosen(WITH_PARAMETERS)
@@ -247,11 +247,11 @@ class Gradients:
                 found.append(NONE)
                 continue
             self._reach(part.weight, self.flags.all_of([flag, self._with_parameters]))
-            if part.weight not in self._slots:
+            if part.rows not in self._slots:
                 count = part.kernel[0] * part.kernel[1]
-                self._slots[part.weight] = [(self.gradients, value.number)]
+                self._slots[part.rows] = [(self.gradients, value.number)]
                 self.gradients += count * size
-            found.append(self._slots[part.weight][0][0])
+            found.append(self._slots[part.rows][0][0])
         return found[0], found[1]
 
     def _reach(self, ref: Hashable, flag: int) -> None:
@@ -262,16 +262,16 @@ class Gradients:
 
     def _unpack(self) -> None:
         """From the chunks' sums to the gradient tensors of the weights."""
-        done: set[TensorRef] = set()
+        done: set[Rows] = set()
         for value, one in self.forward.convs.items():
             for part in (one.depthwise, one.dense):
-                if part is None or part.weight in done or part.weight not in self._slots:
+                if part is None or part.rows in done or part.rows not in self._slots:
                     continue
-                done.add(part.weight)
+                done.add(part.rows)
                 self._unpack_one(value, one, part)
 
     def _unpack_one(self, value: Value, one: ConvOf, part: Conv) -> None:
-        at, flag = self._slots[part.weight][0][0], self.reached[part.weight]
+        at, flag = self._slots[part.rows][0][0], self.reached[part.weight]
         count, number = part.kernel[0] * part.kernel[1], self.tensor(("grad", part.weight))
         inputs, outputs = one.staged.source.channels, self.forward.place(value).channels
         read = one.source.layout.segments
@@ -279,7 +279,7 @@ class Gradients:
         if part.is_depthwise:
             make = lambda: UnpackDepthwise(at, count, read, inputs, number, flag=flag)  # noqa: E731
         else:
-            written = value.layout.segments
+            written = value.layout.shifted(part.first)
             make = lambda: UnpackDense(  # noqa: E731
                 at, count, read, written, inputs, outputs, number, flag=flag
             )

@@ -84,7 +84,10 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Conv:
-    """A convolution without bias: dense (groups 1) or depthwise (one filter a channel)."""
+    """A convolution without bias: dense (groups 1) or depthwise (one filter a channel).
+
+    `first`: the first row of the weight, where it is one group of several.
+    """
 
     weight: TensorRef
     is_depthwise: bool
@@ -93,6 +96,12 @@ class Conv:
     stride: tuple[int, int]
     padding: tuple[int, int]
     dilation: tuple[int, int]
+    first: int = 0
+
+    @property
+    def rows(self) -> tuple[TensorRef, int]:
+        """The weights it uses, to tell them from others."""
+        return self.weight, self.first
 
     @property
     def is_pointwise(self) -> bool:
@@ -255,7 +264,7 @@ class Graph:
     ) -> None:
         self._shares, self._lane = shares, lane
         self.dtype, self.device = dtype, device
-        self._packed: dict[TensorRef, Layout] = {}
+        self._packed: dict[tuple[TensorRef, int], Layout] = {}
         self._constants = Constants()
         self.values: list[Value] = []
         self._known: dict[object, Value] = {}
@@ -310,7 +319,7 @@ class Graph:
     def _arranged(self, op: Op, inputs: tuple[Value, ...], owner: Weight | None) -> tuple[Value, ...]:
         """The inputs in layouts that suit one another, and the weights that other calls have packed."""
         if isinstance(op, Conv):
-            return (self._arrange(inputs[0], self._packed.setdefault(op.weight, inputs[0].layout), owner),)
+            return (self._arrange(inputs[0], self._packed.setdefault(op.rows, inputs[0].layout), owner),)
         if isinstance(op, Gate):
             return (inputs[0], self._arrange(inputs[1], inputs[0].layout, owner))
         if isinstance(op, Sum) and len({x.layout for x in inputs if not isinstance(x.op, Zero)}) > 1:

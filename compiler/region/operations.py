@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,9 @@ from nascompile.compiler.region.ir import (
 )
 from nascompile.compiler.region.types import working_type
 from nascompile.kernels.plan.steps import Activation
+
+GROUP_LIMIT = 8
+"""Groups of a convolution that are computed one by one; with more of them most lanes would be padding."""
 
 Apply = Callable[[Graph, Any, Value, Weight | None], Value]
 
@@ -53,28 +56,42 @@ def apply_module(graph: Graph, module: nn.Module, x: Value, owner: Weight | None
 
 
 def _conv(graph: Graph, module: Any, x: Value, owner: Weight | None) -> Value:
-    dense, depthwise = module.groups == 1, module.groups == module.in_channels == module.out_channels
     if x.channels != module.in_channels:
         raise Unsupported(f"a convolution takes {module.in_channels} channels and gets {x.channels}")
     require_type(graph, module.weight)
     x, padding = _padded(graph, module, x, owner)
-    op = Conv(
-        TensorRef(module, "weight"),
-        depthwise and not (dense and module.in_channels == 1 and module.kernel_size == (1, 1)),
-        module.out_channels,
-        tuple(module.kernel_size),
-        tuple(module.stride),
-        padding,
-        tuple(module.dilation),
-    )
-    reach = [d * (k - 1) + 1 for d, k in zip(op.dilation, op.kernel, strict=True)]
-    size = images.window_size(x.shape, tuple(reach), op.stride, op.padding)
-    out = graph.add(op, (x,), (op.channels, *size), owner)
+    weight, window = TensorRef(module, "weight"), (tuple(module.kernel_size), tuple(module.stride), padding)
+    reach = [d * (k - 1) + 1 for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+    size = images.window_size(x.shape, reach, module.stride, padding)
+    # a single filter of one pixel is better off as a dense one
+    is_depthwise = _is_depthwise(module) and (module.in_channels > 1 or module.kernel_size != (1, 1))
+    groups = 1 if is_depthwise else module.groups
+    inputs, outputs = module.in_channels // groups, module.out_channels // groups
+    parts = []
+    for number in range(groups):
+        read = images.some_channels(graph, x, slice(number * inputs, (number + 1) * inputs), owner)
+        op = Conv(weight, is_depthwise, outputs, *window, tuple(module.dilation), number * outputs)
+        parts.append(graph.add(op, (read,), (outputs, *size), owner))
+    out = images.concatenated(graph, parts, owner)
     if module.bias is None:
         return out
     require_type(graph, module.bias)
     bias = Norm(None, TensorRef(module, "bias"), None, None, None, False, False, 0.0, 0.0)
-    return graph.add(bias, (out,), out.shape, owner)
+    return _normalised(graph, bias, out, owner)
+
+
+def _is_depthwise(module: Any) -> bool:
+    return module.groups == module.in_channels == module.out_channels
+
+
+def _normalised(graph: Graph, op: Norm, x: Value, owner: Weight | None) -> Value:
+    """What a normalisation gives; each part of a concatenation by itself."""
+    parts = x.inputs if isinstance(x.op, Cat) else (x,)
+    done, first = [], 0
+    for part in parts:
+        done.append(graph.add(replace(op, first=first), (part,), part.shape, owner))
+        first += part.channels
+    return done[0] if len(done) == 1 else graph.add(Cat(), done, x.shape, owner)
 
 
 def _padded(graph: Graph, module: Any, x: Value, owner: Weight | None) -> tuple[Value, tuple[int, int]]:
@@ -111,14 +128,11 @@ def _norm(graph: Graph, module: Any, x: Value, owner: Weight | None) -> Value:
     by_batch = module.training or module.running_mean is None
     updates = module.training and module.track_running_stats and module.running_mean is not None
     momentum = -1.0 if module.momentum is None else float(module.momentum)
-    # the parts of a norm with a cumulative average would each need the counter
-    parts = x.inputs if isinstance(x.op, Cat) and not (momentum < 0 and updates) else (x,)
-    done, first = [], 0
-    for part in parts:
-        op = Norm(*refs, by_batch, updates, module.eps, momentum, first)  # type: ignore[arg-type]
-        done.append(graph.add(op, (part,), part.shape, owner))
-        first += part.channels
-    return done[0] if len(done) == 1 else graph.add(Cat(), done, x.shape, owner)
+    op = Norm(*refs, by_batch, updates, module.eps, momentum)  # type: ignore[arg-type]
+    if momentum < 0 and updates:
+        # the parts of a norm with a cumulative average would each need the counter
+        return graph.add(op, (x,), x.shape, owner)
+    return _normalised(graph, op, x, owner)
 
 
 def _activation(kind: Activation) -> Apply:
@@ -168,8 +182,7 @@ def _require(**expected: Any) -> Callable[[Any], None]:
 
 
 def _check_conv(module: Any) -> None:
-    dense, depthwise = module.groups == 1, module.groups == module.in_channels == module.out_channels
-    if not (dense or depthwise):
+    if module.groups > GROUP_LIMIT and not _is_depthwise(module):
         raise Unsupported(f"a convolution of {module.groups} groups is neither dense nor depthwise")
     if module.padding_mode != "zeros":
         raise Unsupported(f"a convolution pads with {module.padding_mode!r}")

@@ -95,12 +95,13 @@ class SepConv(nn.Module):
 class FactorizedReduce(nn.Module):
     """Two pointwise convolutions of stride 2, the second on the image without its first row and column."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, out: int | None = None) -> None:
         super().__init__()
+        out = channels if out is None else out
         self.relu = nn.ReLU()
-        self.even = nn.Conv2d(channels, channels // 2, 1, stride=2, bias=False)
-        self.odd = nn.Conv2d(channels, channels - channels // 2, 1, stride=2, bias=False)
-        self.bn = nn.BatchNorm2d(channels)
+        self.even = nn.Conv2d(channels, out // 2, 1, stride=2, bias=False)
+        self.odd = nn.Conv2d(channels, out - out // 2, 1, stride=2, bias=False)
+        self.bn = nn.BatchNorm2d(out)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.relu(x)
@@ -376,8 +377,12 @@ CASES = (
     Case("dropout in training", lambda: Cell(lambda: [nn.Sequential(Unit("acb", 8), nn.Dropout(0.2)),
          SepConv(8, 3)]), regions=0, evaluated=True, outside="dropout is random"),
     Case("concatenated thirds", lambda: Concatenated(5), ((5, 5, 4),)),
-    Case("grouped", lambda: Cell(lambda: [Unit("acb", 8, groups=2), SepConv(8, 3)]), regions=0,
-         outside="2 groups"),
+    Case("grouped", lambda: Cell(lambda: [Unit("acb", 8, groups=2), Unit("cba", 8, 1, groups=4, bias=True),
+         SepConv(8, 3)])),
+    Case("grouped, strides and gaps", lambda: Single([Unit("acb", 20, groups=4, stride=2, out=12),
+         FactorizedReduce(20, 12)]), ((20, 6, 4),)),
+    Case("many groups", lambda: Cell(lambda: [Unit("acb", 16, groups=16, out=32), Unit("acb", 16, out=32)],
+         second=lambda: [Unit("acb", 32), Unit("acb", 32, 1)]), ((16, 5, 4),), outside="16 groups"),
     Case("reflected", lambda: Cell(lambda: [Unit("acb", 8, padding_mode="reflect"), SepConv(8, 3)]),
          regions=0, outside="pads with"),
     Case("times zero", lambda: Cell(lambda: [TimesZero(), Unit("acb", 8)])),
