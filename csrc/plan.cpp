@@ -165,7 +165,7 @@ void check_barrier(int64_t kind, const int64_t* fields, const TensorCheck& check
 }
 
 void check_step(int64_t kind, const int64_t* fields, const TensorCheck& check) {
-  STD_TORCH_CHECK(kind >= plan::kLoad && kind <= plan::kPick, "run_plan: there is no step of kind ", kind);
+  STD_TORCH_CHECK(kind >= plan::kLoad && kind <= plan::kGateGradient, "run_plan: there is no step of kind ", kind);
   if (kind == plan::kLoad) {
     const auto& step = *reinterpret_cast<const plan::Load*>(fields);
     check.strided(step, step.target);

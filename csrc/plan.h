@@ -6,12 +6,23 @@
 
 namespace nascompile::plan {
 
-constexpr int64_t kVersion = 1;
+constexpr int64_t kVersion = 2;
 constexpr int64_t kNone = -1;
 constexpr int64_t kAlignment = 16;  // floats
 
 enum Space : int64_t { kSlab = 0, kScratch = 1 };
-enum Activation : int64_t { kIdentity = 0, kRelu = 1, kRelu6 = 2 };
+enum Activation : int64_t {
+  kIdentity,
+  kRelu,
+  kRelu6,
+  kHardswish,
+  kHardsigmoid,
+  kSilu,
+  kSigmoid,
+  kGelu,
+  kLeakyRelu,
+  kElu
+};
 
 // `count` items of type T, one after another, at position `at` of the program.
 template <typename T>
@@ -53,7 +64,9 @@ enum StepKind : int64_t {
   kReduce,
   kUnstage,
   kMask,
-  kPick
+  kPick,
+  kGate,
+  kGateGradient
 };
 
 struct Load {
@@ -131,6 +144,13 @@ struct Mask {
 struct Pick {
   Map source, target;
   int64_t first_source, step_source, first_target, step_target, count, adds;
+};
+struct Gate {
+  Map image, gate, target;
+  int64_t adds, moments;
+};
+struct GateGradient {
+  Map gradient, image, target;
 };
 
 // ---- barrier operations; each follows (kind, flag) ----

@@ -1,4 +1,5 @@
-"""Replaces `x += y` by `x = x + y` where nothing could tell the difference, so that autograd accepts it."""
+"""Replaces `x += y` and `x.add_(y)` by `x = x + y` where nothing could tell the difference, so that autograd
+accepts it."""
 
 from __future__ import annotations
 
@@ -11,7 +12,11 @@ from torch import fx
 from nascompile.compiler.inplace import is_in_place, is_view
 from nascompile.compiler.lower import LoweredChoice
 
-_OUT_OF_PLACE = {getattr(operator, f"i{name}"): name for name in ("add", "sub", "mul", "truediv", "pow")}
+_OUT_OF_PLACE: dict[Any, str] = {
+    **{getattr(operator, f"i{name}"): name for name in ("add", "sub", "mul", "truediv", "pow")},
+    **{"add_": "add", "sub_": "sub", "mul_": "mul", "div_": "truediv"},
+}
+"""Functions and methods, and the operators that compute the same."""
 
 
 def out_of_place(operation: str, value: Any, other: Any) -> Any:
@@ -28,28 +33,36 @@ def functionalize_in_place(gm: fx.GraphModule) -> int:
     """Make in-place arithmetic functional when the old value, and all that may share its memory, is not used
     later.
 
-    Legal because then the old value cannot be seen again. Inputs, parameters and buffers are visible outside
-    and stay in place. It repairs programs such as `x = relu(choice(x)); x += skip`, which eager autograd
-    refuses.
+    Legal because then the old value cannot be seen again: who reads the changed value reads the result.
+    Inputs, parameters and buffers are visible outside and stay in place. It repairs programs such as
+    `x = relu(choice(x)); x += skip`, which eager autograd refuses.
     """
     order = {node: position for position, node in enumerate(gm.graph.nodes)}
     rewritten = 0
     for node in list(gm.graph.nodes):
-        if (
-            node.op != "call_function"
-            or node.target not in _OUT_OF_PLACE
-            or not isinstance(node.args[0], fx.Node)
-        ):
+        if not _is_arithmetic(node):
             continue
-        family = _may_share_memory(gm, node.args[0], order, order[node])
+        value: Any = node.args[0]
+        family = _may_share_memory(gm, value, order, order[node])
         if any(member.op in ("placeholder", "get_attr") for member in family):
             continue
-        if any(order[user] > order[node] for member in family for user in member.users):
+        others = family - {value}
+        if any(order[user] > order[node] for member in others for user in member.users):
             continue
-        node.args = (_OUT_OF_PLACE[node.target], *node.args)
+        for user in list(value.users):
+            if order[user] > order[node]:
+                user.replace_input_with(value, node)
+        node.op, node.args = "call_function", (_OUT_OF_PLACE[node.target], *node.args)
         node.target = out_of_place
         rewritten += 1
     return rewritten
+
+
+def _is_arithmetic(node: fx.Node) -> bool:
+    """Whether the node changes a value in place in a way that an operator computes."""
+    if node.op not in ("call_function", "call_method") or node.target not in _OUT_OF_PLACE:
+        return False
+    return isinstance(node.args[0], fx.Node) and len(node.args) == 2 and not node.kwargs
 
 
 def _may_share_memory(

@@ -4,32 +4,22 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
-from nascompile.compiler.candidates import Candidate, read_once
+from nascompile.compiler.candidates import Candidate
 from nascompile.compiler.codegen import as_function, graph_module
-from nascompile.compiler.groups import find_groups
 from nascompile.compiler.guards import HOOKS, Guards
-from nascompile.compiler.inplace import base_of, changed_values, is_in_place
-from nascompile.compiler.lower import LoweredChoice, LoweredInputChoice, LoweredLayerChoice
+from nascompile.compiler.inplace import base_of, changed_values
+from nascompile.compiler.lower import LoweredChoice, LoweredLayerChoice
 from nascompile.compiler.passes.fuse_weighted_sums import fuse_weighted_sums
 from nascompile.compiler.passes.share_prefixes import share_prefixes
-from nascompile.compiler.region.ir import Unsupported
-from nascompile.compiler.region.operations import CONFIGURATION, kind_of
+from nascompile.compiler.region.members import Members
+from nascompile.compiler.region.operations import settings_of
 from nascompile.compiler.region.region import Region
 from nascompile.compiler.region.rewrites import REWRITES
-
-_FUNCTIONS = frozenset(
-    (F.relu, F.relu6, torch.relu, torch.cat, operator.add, torch.add, operator.getitem, torch.zeros_like)
-)
-_METHODS = frozenset(("relu", "add"))
-_RANDOM = "dropout is random"
-_WORKERS = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d)
 
 
 def fuse_regions(gm: fx.GraphModule) -> int:
@@ -41,177 +31,56 @@ def fuse_regions(gm: fx.GraphModule) -> int:
     convex: no path leaves it and comes back. What is read of modules becomes a guard. Not done around values
     that something else changes in place.
     """
-    reader = _Reader(gm)
-    depth = _depths(gm, reader)
-    parts = _components(gm, reader, depth)
-    made = 0
-    for nodes in parts:
-        reason = _why_not(gm, nodes)
-        if reason is None:
-            _replace(gm, reader, nodes, made)
-            made += 1
+    members, made = Members(gm), 0
+    for nodes in _parts(gm, members):
+        _guard(gm, _modules(gm, nodes), _candidates(members, nodes))
+        _replace(gm, members, nodes, f"region_{made}")
+        made += 1
     if made:
         _sort(gm.graph)
     return made
 
 
-class _Reader:
-    """Says which nodes a region may hold, and keeps the candidates it read on the way."""
-
-    def __init__(self, gm: fx.GraphModule) -> None:
-        self.gm = gm
-        self.known: dict[Any, Candidate | str] = gm.meta.setdefault("candidates", {})
-        self.candidates: dict[LoweredChoice, list[tuple[nn.Module, Candidate]]] = {}
-        self.supported: dict[fx.Node, bool] = {}
-        self._reasons: dict[int, str | None] = {}
-        for node in gm.graph.nodes:
-            reason = self._why_not(node)
-            self.supported[node] = reason is None
-            if reason and isinstance(node.target, LoweredChoice):
-                gm.meta.setdefault("outside", {})[node.target.path] = reason
-            if reason and _RANDOM in reason:
-                self._expect_training(node)
-
-    def _expect_training(self, node: fx.Node) -> None:
-        """In evaluation there is another trace, with the dropout inside of regions."""
-        layer: Any = node.target.choice if isinstance(node.target, LoweredChoice) else None
-        guards: Guards = self.gm.meta["guards"]
-        for module in (self.gm.get_submodule(str(node.target)) if layer is None else layer).modules():
-            if isinstance(module, nn.Dropout):
-                guards.saw(module, "training", module.training)
-
-    def _why_not(self, node: fx.Node) -> str | None:
-        if isinstance(node.target, LoweredLayerChoice):
-            return self._why_not_layer_choice(node)
-        if isinstance(node.target, LoweredInputChoice):
-            return self._why_not_input_choice(node)
-        if node.op in ("placeholder", "output", "get_attr"):
-            return "is an input, output or attribute"
-        return why_not_operation(self.gm, node)
-
-    def _why_not_layer_choice(self, node: fx.Node) -> str | None:
-        target: Any = node.target
-        choice = target.choice
-        if len(node.args) != 2 or node.kwargs or not isinstance(node.args[1], fx.Node):
-            return "takes more than one image"
-        reason = _why_not_choice(choice)
-        if reason is not None:
-            return reason
-        found = []
-        for name, module in zip(choice.names, choice, strict=True):
-            if module is None:
-                return f"candidate {name!r} is None"
-            candidate = read_once(module, self.known)
-            if isinstance(candidate, str):
-                return f"candidate {name!r} {candidate}"
-            reason = self._why_not_candidate(module, candidate)
-            if reason is not None:
-                return f"candidate {name!r}: {reason}"
-            found.append((module, candidate))
-        if self._is_merged(choice, [candidate for _, candidate in found]):
-            return "its candidates are merged into one convolution"
-        self.candidates[target] = found
-        return None
-
-    def _is_merged(self, choice: Any, candidates: Sequence[Candidate]) -> bool:
-        """Whether convolutions of the choice become a single one, which is better than any plan."""
-        pairs = zip(candidates, choice, strict=True)
-        if sum(_is_affine(candidate, module) for candidate, module in pairs) < 2:
-            return False
-        prefixes = [None] * len(choice)
-        groups, _ = find_groups(choice, prefixes, self.gm.meta["guards"], self.known)
-        return any(group.pattern.name == "merge" for group in groups)
-
-    def _why_not_candidate(self, module: nn.Module, candidate: Candidate) -> str | None:
-        # candidates of equal structure are one object
-        if id(candidate) not in self._reasons:
-            inside: Any = _Inside(module)
-            steps = [step for step in candidate.graph.nodes if step.op not in ("placeholder", "output")]
-            reasons = (why_not_operation(inside, step) for step in steps)
-            self._reasons[id(candidate)] = next((reason for reason in reasons if reason), None)
-        return self._reasons[id(candidate)]
-
-    def _why_not_input_choice(self, node: fx.Node) -> str | None:
-        reason = _why_not_choice(node.target.choice)  # type: ignore[union-attr]
-        if reason is not None:
-            return reason
-        parts = node.args[0] if len(node.args) == 1 else None
-        if not isinstance(parts, list | tuple) or not all(isinstance(part, fx.Node) for part in parts):
-            return "takes something else than a list of images"
-        return None
+def fuse_others(gm: fx.GraphModule, outside: Collection[fx.Node], name: str) -> list[Region]:
+    """As `fuse_regions` without nodes that turned out to be beyond plans, inside a region that has its guards
+    already; the names of the regions begin with `name`."""
+    members, made = Members(gm, outside), []
+    for nodes in _parts(gm, members):
+        made.append(_replace(gm, members, nodes, f"{name}_{len(made)}"))
+    if made:
+        _sort(gm.graph)
+    return made
 
 
-def _is_affine(candidate: Candidate, module: nn.Module) -> bool:
-    kinds = (nn.Conv2d, nn.BatchNorm2d, nn.Identity)
-    inside = _Inside(module)
-    steps = [step for step in candidate.graph.nodes if step.op not in ("placeholder", "output")]
-    return bool(steps) and all(
-        step.op == "call_module" and isinstance(inside.get_submodule(str(step.target)), kinds)
-        for step in steps
-    )
+def _parts(gm: fx.GraphModule, members: Members) -> list[list[fx.Node]]:
+    """The nodes of each region to be."""
+    parts = _components(gm, members, _depths(gm, members))
+    return [nodes for nodes in parts if _why_not(gm, nodes) is None]
 
 
-def _why_not_choice(choice: Any) -> str | None:
-    if choice.return_mask:
-        return "returns its mask"
-    return None if choice.reduction in ("sum", "mean") else f'reduction "{choice.reduction}" is not a sum'
+def _modules(gm: fx.GraphModule, nodes: Sequence[fx.Node]) -> dict[str, nn.Module]:
+    return {
+        str(node.target): gm.get_submodule(str(node.target)) for node in nodes if node.op == "call_module"
+    }
 
 
-class _Inside:
-    """The modules inside a candidate, by the names that its graph has for them."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-
-    def get_submodule(self, path: str) -> nn.Module:
-        return self._module if path == "self" else self._module.get_submodule(path)
+def _candidates(members: Members, nodes: Sequence[fx.Node]) -> dict[Any, list[tuple[nn.Module, Candidate]]]:
+    targets = [node.target for node in nodes if isinstance(node.target, LoweredChoice)]
+    return {target: members.candidates[target] for target in targets if target in members.candidates}
 
 
-def why_not_operation(gm: Any, node: fx.Node) -> str | None:
-    """Why a module, function or method cannot be part of a region, or None."""
-    if is_in_place(gm, node):
-        changed = node.args[0] if node.args else None
-        own = isinstance(changed, fx.Node) and changed.op != "placeholder" and len(changed.users) == 1
-        if not own:
-            return f"{node.name} changes a value in place that others see"
-    if node.op == "call_module":
-        module = gm.get_submodule(str(node.target))
-        try:
-            kind = kind_of(module)
-        except Unsupported as reason:
-            return str(reason)
-        # left to itself, in its place among all that draws random numbers
-        return _RANDOM if kind is nn.Dropout and module.training and module.p > 0 else None
-    if node.op == "call_function" and node.target is operator.getitem:
-        return _why_not_crop(node)
-    if node.op == "call_function" and node.target in _FUNCTIONS:
-        return None
-    if node.op == "call_method" and node.target in _METHODS:
-        return None
-    return f"{node.name} ({node.target}) is not understood by regions"
-
-
-def _why_not_crop(node: fx.Node) -> str | None:
-    index = node.args[1]
-    if isinstance(index, tuple) and index and index[0] == slice(None, None, None):
-        return None
-    if all(user.target is torch.zeros_like for user in node.users):
-        return None
-    return f"{node.name} takes some samples only"
-
-
-def _depths(gm: fx.GraphModule, reader: _Reader) -> dict[fx.Node, int]:
+def _depths(gm: fx.GraphModule, members: Members) -> dict[fx.Node, int]:
     """How often the way to a node has to leave what regions hold; equal depths make convex parts."""
     depth: dict[fx.Node, int] = {}
     for node in gm.graph.nodes:
-        own = reader.supported[node]
+        own = members.supported[node]
         depth[node] = max(
-            (depth[x] + (reader.supported[x] and not own) for x in node.all_input_nodes), default=0
+            (depth[x] + (members.supported[x] and not own) for x in node.all_input_nodes), default=0
         )
     return depth
 
 
-def _components(gm: fx.GraphModule, reader: _Reader, depth: dict[fx.Node, int]) -> list[list[fx.Node]]:
+def _components(gm: fx.GraphModule, members: Members, depth: dict[fx.Node, int]) -> list[list[fx.Node]]:
     group: dict[fx.Node, fx.Node] = {}
 
     def find(node: fx.Node) -> fx.Node:
@@ -220,11 +89,11 @@ def _components(gm: fx.GraphModule, reader: _Reader, depth: dict[fx.Node, int]) 
             node = group[node]
         return node
 
-    nodes = [node for node in gm.graph.nodes if reader.supported[node]]
+    nodes = [node for node in gm.graph.nodes if members.supported[node]]
     for node in nodes:
         group[node] = node
         for x in node.all_input_nodes:
-            if reader.supported[x] and depth[x] == depth[node]:
+            if members.supported[x] and depth[x] == depth[node]:
                 group[find(x)] = find(node)
     parts: dict[fx.Node, list[fx.Node]] = {}
     for node in nodes:
@@ -246,26 +115,20 @@ def _why_not(gm: fx.GraphModule, nodes: Sequence[fx.Node]) -> str | None:
     return None
 
 
-def _replace(gm: fx.GraphModule, reader: _Reader, nodes: list[fx.Node], number: int) -> None:
+def _replace(gm: fx.GraphModule, members: Members, nodes: list[fx.Node], name: str) -> Region:
     inside = set(nodes)
     inputs = list(dict.fromkeys(x for node in nodes for x in node.all_input_nodes if x not in inside))
     outputs = [node for node in nodes if any(user not in inside for user in node.users)]
-    modules = {
-        str(node.target): gm.get_submodule(str(node.target)) for node in nodes if node.op == "call_module"
-    }
-    targets = [node.target for node in nodes if isinstance(node.target, LoweredChoice)]
-    candidates = {target: reader.candidates[target] for target in targets if target in reader.candidates}
-    _guard(gm, modules, candidates)
     # the region keeps a graph of its own; the nodes leave this one
     copied, mapping = _copy(nodes, inputs, outputs)
     region = Region(
-        f"region_{number}",
-        modules,
+        name,
+        _modules(gm, nodes),
         [mapping[node] for node in nodes],
         [mapping[node] for node in inputs],
         [mapping[node] for node in outputs],
-        candidates,
-        _Fallback(gm, copied),
+        _candidates(members, nodes),
+        _Rest(gm, copied, name),
         gm.meta["notes"],
         frozenset(gm.meta.get("skip", ())) & frozenset(REWRITES),
     )
@@ -279,6 +142,7 @@ def _replace(gm: fx.GraphModule, reader: _Reader, nodes: list[fx.Node], number: 
         node.replace_all_uses_with(result, delete_user_cb=lambda user: user not in inside)
     for node in reversed(nodes):
         gm.graph.erase_node(node)
+    return region
 
 
 def _copy(
@@ -293,27 +157,39 @@ def _copy(
     return graph, mapping
 
 
-class _Fallback:
-    """The nodes of a region as a function, prepared when it is first needed."""
+class _Rest:
+    """What a region does without a plan of its own: its nodes op by op, or in parts that have plans.
 
-    def __init__(self, gm: fx.GraphModule, graph: fx.Graph) -> None:
-        self._root, self._graph = gm, graph
+    Functions are made when they are first needed.
+    """
+
+    def __init__(self, gm: fx.GraphModule, graph: fx.Graph, name: str) -> None:
+        self._root, self._graph, self._name = gm, graph, name
         self._function: Callable[..., Any] | None = None
 
     def __call__(self, *tensors: Any) -> Any:
         if self._function is None:
-            self._function = self._prepare()
+            # the region reads its nodes whenever it makes a plan: the passes get a copy
+            self._function = _as_function(self._copy()[0])
         return self._function(self._root, *tensors)
 
-    def _prepare(self) -> Callable[..., Any]:
-        # the region reads its nodes whenever it makes a plan: the passes get a copy
-        graph = fx.Graph()
-        output = graph.graph_copy(self._graph, {})
+    def in_parts(self, outside: Collection[fx.Node]) -> tuple[Callable[..., Any], list[Region]]:
+        """The same with regions for all but some nodes, and these regions."""
+        gm, mapping = self._copy()
+        regions = fuse_others(gm, {mapping[node] for node in outside}, self._name)
+        return functools.partial(_as_function(gm), self._root), regions
+
+    def _copy(self) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
+        graph, mapping = fx.Graph(), {}
+        output = graph.graph_copy(self._graph, mapping)
         graph.output(output)
-        gm = graph_module(self._root, graph, **self._root.meta)
-        share_prefixes(gm)
-        fuse_weighted_sums(gm)
-        return as_function(gm.graph, "region")
+        return graph_module(self._root, graph, **self._root.meta), mapping
+
+
+def _as_function(gm: fx.GraphModule) -> Callable[..., Any]:
+    share_prefixes(gm)
+    fuse_weighted_sums(gm)
+    return as_function(gm.graph, "region")
 
 
 def _guard(
@@ -346,7 +222,7 @@ class _Expected:
     __slots__ = ("_attributes", "_get", "_parameters", "_present", "_values")
 
     def __init__(self, module: nn.Module) -> None:
-        names = [name for name in CONFIGURATION[kind_of(module)] if name in module.__dict__]
+        names = [name for name in settings_of(module) if name in module.__dict__]
         self._attributes = module.__dict__
         self._get = operator.itemgetter(*names, *HOOKS)
         self._values = tuple(

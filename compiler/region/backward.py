@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from nascompile.compiler.region.backward_maps import MapGradients
 from nascompile.compiler.region.convolutions import conv_fields
 from nascompile.compiler.region.flags import ALWAYS, NEVER, WITHOUT_PARAMETERS
 from nascompile.compiler.region.forward import Forward
@@ -11,7 +12,6 @@ from nascompile.compiler.region.gradients import (
     Arrival,
     Flow,
     Gradient,
-    Gradients,
     Wanted,
     offset,
     read_by,
@@ -19,35 +19,42 @@ from nascompile.compiler.region.gradients import (
 )
 from nascompile.compiler.region.grids import grid_border, input_grids
 from nascompile.compiler.region.ir import (
+    Arrange,
     Cat,
     Channels,
     Conv,
+    Crop,
+    Gate,
     Norm,
+    Pad,
     PoolOp,
     Source,
+    Spread,
     Value,
 )
 from nascompile.compiler.region.memory import Buffer, Place
-from nascompile.compiler.region.storage import ConvOf, Stored, TermOf, scale_and_shift
+from nascompile.compiler.region.storage import (
+    ConvOf,
+    Stored,
+    TermOf,
+    scale_and_shift,
+)
 from nascompile.compiler.region.tasks import Gather, Summed
 from nascompile.kernels.plan.steps import (
+    MASKS,
     NONE,
     Activation,
     ConvolveBackward,
     DecisionGradient,
     Map,
-    Mask,
     NormaliseBackward,
-    Pick,
-    PoolBackward,
     Reduce,
-    Store,
     Term,
     Upstream,
 )
 
 
-class Backward(Gradients):
+class Backward(MapGradients):
     """Builds the backward tasks, one value after another, the last first."""
 
     def __init__(self, forward: Forward, wanted: Wanted) -> None:
@@ -72,36 +79,14 @@ class Backward(Gradients):
             self._conv(value, self.forward.convs[value])
         elif isinstance(op, PoolOp):
             self._pool(value, op)
-        elif isinstance(op, Channels):
-            self._pick(value, op)
+        elif isinstance(op, Channels | Arrange | Spread):
+            self._pick(value)
+        elif isinstance(op, Crop | Pad) and not self.forward.is_read_in_place(value):
+            self._cut(value)
+        elif isinstance(op, Gate):
+            self._gate(value)
         elif isinstance(op, Source):
             self._source(value, op)
-
-    def _cat(self, value: Value) -> None:
-        place = self._stored_gradient(value)
-        if place is None:
-            return
-        for part, (_, _, first) in zip(value.inputs, self.forward.segments(value), strict=True):
-            if part not in self._is_needed:
-                continue
-            self._of[part].flags.append(self._flag(value))
-            if self.forward.parts.get(part) != (value, first):
-                channels = self.forward.place(part).channels
-                self._of[part].flows.append(Flow(place.part(first, channels), None, self._flag(value)))
-
-    def _source(self, value: Value, op: Source) -> None:
-        place = self._stored_gradient(value)
-        self.reached["input", op.index] = self._flag(value)
-        if place is None:
-            return
-        number = self.tensor(("grad input", op.index))
-        strides, segments = self.settings.strides(value.shape), self.forward.segments(value)
-        self._step(
-            f"store gradient of input {op.index}",
-            lambda _: Store(number, *strides, segments, place.map()),
-            reads=place.cells(),
-            flag=self._flag(value),
-        )
 
     def _stored(self, value: Value, stored: Stored) -> None:
         """A sum hands its gradient on: to maps as flows, to normalisations with the sums over the batch."""
@@ -109,15 +94,10 @@ class Backward(Gradients):
         if place is None:
             return
         flag = self._flag(value)
-        if stored.activation != Activation.none:
-            out = self.forward.place(value)
-            self._step(
-                f"mask {value.number}",
-                lambda _: Mask(place.map(), out.map(), stored.activation),
-                reads=out.cells(),
-                writes=place.cells(),
-                flag=flag,
-            )
+        if stored.activation in MASKS:
+            self._mask(value, place, stored.activation, flag)
+        elif stored.activation != Activation.none:
+            self._unstage(value, place, stored, flag)
         if self.wanted.decision:
             for weight, term_flag in self.forward.zeros.get(value, ()):
                 self._reach_decision(weight, self.flags.all_of([flag, term_flag]))
@@ -125,13 +105,19 @@ class Backward(Gradients):
         sums = self._reduce(value, place, terms, flag)
         for term in terms:
             term_flag = self.flags.all_of([flag, term.flag])
-            if term.norm is not None:
+            if term.norm is not None and is_fixed(term.norm):
+                self._flow(term.value, Flow(place, term.coefficient, term_flag))
+            elif term.norm is not None:
                 self._arrivals[term.norm].append(Arrival(place, term, sums[None], sums[term], term_flag))
-            elif term.value in self._is_needed:
-                self._of[term.value].flows.append(Flow(place, term.coefficient, term_flag))
-                self._of[term.value].flags.append(term_flag)
+            else:
+                self._flow(term.value, Flow(place, term.coefficient, term_flag))
             if self.wanted.decision and term.weight is not None:
                 self._decision(term, place.channels, sums, term_flag)
+
+    def _flow(self, value: Value, flow: Flow) -> None:
+        if value in self._is_needed:
+            self._of[value].flows.append(flow)
+            self._of[value].flags.append(flow.flag)
 
     def _matters(self, term: TermOf) -> bool:
         weighted = self.wanted.decision and term.weight is not None
@@ -140,7 +126,7 @@ class Backward(Gradients):
     def _reduce(self, value: Value, place: Place, terms: list[TermOf], flag: int) -> dict[TermOf | None, int]:
         """Sums over the batch of gradient * map, for the terms that need them; under None that of the
         gradient."""
-        summed = [t for t in terms if t.norm is not None or (self.wanted.decision and t.weight is not None)]
+        summed = [t for t in terms if has_sums(t) or (self.wanted.decision and t.weight is not None)]
         sums: dict[TermOf | None, int] = {t: self._new_sums(place.channels) for t in summed}
         if not summed:
             return sums
@@ -185,7 +171,7 @@ class Backward(Gradients):
         flag = self.flags.any_of(a.flag for a in arrivals)
         if flag == NEVER:
             return
-        refs = (op.gamma, op.beta) if self.wanted.parameters else (None, None)
+        refs = (op.gamma, op.beta) if self.wanted.parameters and not op.is_fixed else (None, None)
         for ref in refs:
             if ref is not None:
                 self._reach(ref, flag)
@@ -221,7 +207,7 @@ class Backward(Gradients):
         vectors, weighted = self.forward.vectors[value], any(a.term and a.term.weight for a in arrivals)
         decision = self.tensor("decision") if weighted else NONE
         elements = self.settings.images * value.shape[1] * value.shape[2] if op.by_batch else 0
-        segments = ((op.first, value.channels, 0),)
+        segments = value.layout.shifted(op.first)
         shared = gradient.by_y if op.by_batch and outs and outs[0] is not None else None
         constant = gradient.constant if shared is not None else None
 
@@ -255,49 +241,6 @@ class Backward(Gradients):
         for create in waiting:
             create(place, at, len(waiting) > 1)
         self._arrivals[value].append(Arrival(place, None, at, at + y.channels, flag))
-
-    def _pick(self, value: Value, op: Channels) -> None:
-        source, flag = value.inputs[0], self._flag(value)
-        place = self._stored_gradient(value)
-        if place is None:
-            return
-
-        def create(target: Place) -> None:
-            self._step(
-                f"pick backward {value.number}",
-                lambda _: Pick(place.map(), target.map(), 0, 1, op.first, op.step, op.count, 1),
-                reads=place.cells(),
-                writes=target.cells(),
-                flag=flag,
-            )
-
-        self._of[source].direct.append(create)
-        self._of[source].flags.append(flag)
-
-    def _pool(self, value: Value, op: PoolOp) -> None:
-        source = value.inputs[0]
-        flows, constant, flag = self._expression(value)
-        if flag == NEVER or source not in self._is_needed:
-            return
-        y, index = self.forward.place(value), self.forward.indices.get(value)
-        image = -(-y.height * y.width * y.channels // 4)
-
-        def create(target: Place) -> None:
-            self._step(
-                f"pool backward {value.number}",
-                lambda maps: PoolBackward(
-                    *(terms(flows), offset(constant), maps["tile"], target.map(), int(op.is_max)),
-                    *(*op.kernel, *op.stride, *op.padding, int(op.counts_padding)),
-                    *((NONE, 0) if index is None else (index.offset, image)),
-                ),
-                reads=(*read_by(flows, constant), *(() if index is None else (index,))),
-                writes=target.cells(),
-                flag=flag,
-                scratch=(("tile", y.channels, y.height, y.width, (0, 0)),),
-            )
-
-        self._of[source].direct.append(create)
-        self._of[source].flags.append(flag)
 
     def _conv(self, value: Value, one: ConvOf) -> None:
         flows, constant, flag = self._expression(value)
@@ -390,3 +333,13 @@ class Backward(Gradients):
             gather=gather,
             scratch=(("padded", inner, y.height, y.width, border),),
         )
+
+
+def is_fixed(norm: Value) -> bool:
+    """Whether a normalisation only multiplies by and adds constants."""
+    return isinstance(norm.op, Norm) and norm.op.is_fixed
+
+
+def has_sums(term: TermOf) -> bool:
+    """Whether the gradient of a term's normalisation needs sums over the batch."""
+    return term.norm is not None and not is_fixed(term.norm)

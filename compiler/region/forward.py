@@ -2,48 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from typing import Any
-
 from nascompile.compiler.region.convolutions import flops, make_convolve
 from nascompile.compiler.region.flags import ALWAYS, Flags
+from nascompile.compiler.region.forward_maps import MapTasks
 from nascompile.compiler.region.ir import (
     Act,
+    Arrange,
     Cat,
     Channels,
     Conv,
     Crop,
+    Gate,
     Graph,
     Norm,
+    Pad,
     PoolOp,
     Source,
+    Spread,
     Sum,
     Unsupported,
     Value,
     Weight,
     Zero,
 )
-from nascompile.compiler.region.memory import Buffer, Place
-from nascompile.compiler.region.packing import Packing
+from nascompile.compiler.region.memory import Buffer
 from nascompile.compiler.region.settings import Settings
-from nascompile.compiler.region.storage import ConvOf, Stored, TermOf, scale_and_shift
-from nascompile.compiler.region.tasks import Staged, Summed, Task
+from nascompile.compiler.region.storage import (
+    ConvOf,
+    Stored,
+    TermOf,
+    scale_and_shift,
+)
+from nascompile.compiler.region.tasks import Staged, Summed
 from nascompile.kernels.plan.steps import (
     NONE,
     Activation,
     Coefficients,
     Combine,
-    Load,
     Normalise,
-    Pick,
-    Pool,
-    Store,
     Term,
     Weighted,
 )
 
 
-class Forward(Packing):
+class Forward(MapTasks):
     """Builds the forward tasks and keeps what the backward pass has to know."""
 
     def __init__(self, graph: Graph, settings: Settings, flags: Flags) -> None:
@@ -74,46 +76,15 @@ class Forward(Packing):
                 self._combine(value)
         elif isinstance(op, Cat):
             self._concatenate(value)
-        elif isinstance(op, Channels):
-            self._pick(value, op)
-        elif isinstance(op, Crop):
-            if any(not isinstance(user.op, Conv) for user in value.users) or value in self.outputs:
-                raise Unsupported("a crop is read by something else than a convolution")
-        elif isinstance(op, Zero) and (
-            value in self.outputs or any(not isinstance(u.op, Sum) for u in value.users)
-        ):
-            raise Unsupported("zeros are read by something else than a sum")
-
-    def _load(self, value: Value, op: Source) -> None:
-        place, number = self.place(value), self.tensor(("input", op.index))
-        strides, segments = self.settings.strides(value.shape), self.segments(value)
-        self._step(
-            f"load input {op.index}",
-            lambda _: Load(number, *strides, segments, place.map(), 0),
-            writes=place.cells(),
-        )
-
-    def _store(self, index: int, value: Value) -> None:
-        place, number = self.place(value), self.tensor(("output", index))
-        strides, segments = self.settings.strides(value.shape), self.segments(value)
-        self._step(
-            f"store output {index}",
-            lambda _: Store(number, *strides, segments, place.map()),
-            reads=place.cells(),
-        )
-
-    def _step(self, name: str, make: Any, **more: Any) -> None:
-        task = Task(
-            name, make, False, more.pop("reads", ()), more.pop("writes", ()), more.pop("flag", ALWAYS), **more
-        )
-        self.tasks.add(task)
-
-    def _new_moments(self, value: Value, place: Place) -> tuple[int, tuple[Hashable, ...]]:
-        """Sums for the statistics of a map, where a normalisation of its reads them."""
-        if not any(isinstance(user.op, Norm) and user.op.by_batch for user in value.users):
-            return NONE, ()
-        at = self.moments[value] = self.new_sums(2 * place.channels)
-        return at, (Summed("sums", at),)
+        elif isinstance(op, Channels | Arrange | Spread):
+            self._pick(value)
+        elif isinstance(op, Crop | Pad):
+            if not self.is_read_in_place(value):
+                self._cut(value)
+        elif isinstance(op, Gate):
+            self._gate(value)
+        elif isinstance(op, Zero) and any(not isinstance(user.op, Sum) for user in value.users):
+            self._combine(value)
 
     def staged(
         self, value: Value, padding: tuple[int, int]
@@ -121,7 +92,8 @@ class Forward(Packing):
         """What a convolution that reads `value` really reads: the stored value, how, its normalisation, the
         crop."""
         crop, activation, norm = (0, 0), Activation.none, None
-        if isinstance(value.op, Crop):
+        if self.is_read_in_place(value):
+            assert isinstance(value.op, Crop)
             crop, value = (value.op.top, value.op.left), value.inputs[0]
         if self.is_staged_act(value):
             assert isinstance(value.op, Act)
@@ -151,10 +123,10 @@ class Forward(Packing):
         one = ConvOf(value, source, staged, norm, crop, depthwise, dense, None, None, None)
         if depthwise is not None:
             one.depthwise_weights = self._pack_depthwise(
-                depthwise, staged.source.channels, self.segments(source), value
+                depthwise, staged.source.channels, source.layout.segments, value
             )
         if dense is not None:
-            outputs = self._padded(value.channels)
+            outputs = value.layout.padded
             one.weights, one.transposed = self._pack_dense(
                 dense, staged.source.channels, outputs, source, value
             )
@@ -172,35 +144,6 @@ class Forward(Packing):
             work=flops(one),
         )
 
-    def _pool(self, value: Value, op: PoolOp) -> None:
-        source = value.inputs[0]
-        x, y = self.place(source), self.place(value)
-        moments, sums = self._new_moments(value, y)
-        index: Buffer | None = None
-        image = -(-y.height * y.width * y.channels // 4)
-        if op.is_max and self.settings.has_backward:
-            index = self.indices[value] = Buffer(f"index {value.number}", self.settings.images * image, False)
-            self.buffers.append(index)
-        self._step(
-            f"pool {value.number}",
-            lambda _: Pool(
-                *(
-                    x.map(),
-                    y.map(),
-                    int(op.is_max),
-                    *op.kernel,
-                    *op.stride,
-                    *op.padding,
-                    int(op.counts_padding),
-                ),
-                *((NONE, 0) if index is None else (index.offset, image)),
-                moments,
-            ),
-            reads=x.cells(),
-            writes=(*y.cells(), *(() if index is None else (index,)), *sums),
-            flag=self.flag(value),
-        )
-
     def _normalise(self, value: Value, op: Norm) -> None:
         source = value.inputs[0]
         channels = self.place(source).channels
@@ -209,7 +152,7 @@ class Forward(Packing):
         elements = self.settings.images * source.shape[1] * source.shape[2]
         if op.by_batch and elements == 1:
             raise Unsupported("a BatchNorm has one value per channel to train with")
-        segments = ((op.first, value.channels, 0),)
+        segments = value.layout.shifted(op.first)
         tensors = (
             *(self.optional(op.gamma), self.optional(op.beta)),
             self.optional(op.running_mean) if op.updates or not op.by_batch else NONE,
@@ -227,56 +170,6 @@ class Forward(Packing):
             (out, ("running", op.running_mean)) if op.updates else (out,),
             self.flag(value),
         )
-
-    def _pick(self, value: Value, op: Channels) -> None:
-        source = value.inputs[0]
-        if any(logical != padded for logical, _, padded in self.segments(source)):
-            raise Unsupported(f"channels are chosen of {source.channels} that do not lie side by side")
-        x, y = self.place(source), self.place(value)
-        self._step(
-            f"pick {value.number}",
-            lambda _: Pick(x.map(), y.map(), op.first, op.step, 0, 1, op.count, 0),
-            reads=x.cells(),
-            writes=y.cells(),
-            flag=self.flag(value),
-        )
-
-    def _moments_of(self, source: Value) -> int:
-        """The sums of a map, made by whoever wrote it; of an input by a step of its own."""
-        if source not in self.moments:
-            place = self.place(source)
-            at = self.moments[source] = self.new_sums(2 * place.channels)
-            self._step(
-                f"sum {source.number}",
-                lambda _: Combine(
-                    (Term(place.map(), NONE, NONE),), NONE, Activation.none, place.map(), 0, at
-                ),
-                reads=place.cells(),
-                writes=(*place.cells(), Summed("sums", at)),
-                flag=self.flag(source),
-            )
-        return self.moments[source]
-
-    def _concatenate(self, value: Value) -> None:
-        whole = self.place(value)
-        for part in value.inputs:
-            if part.channels % self.settings.lane and part is not value.inputs[-1]:
-                raise Unsupported(
-                    f"{part.channels} channels are concatenated, not a multiple of {self.settings.lane}"
-                )
-        for part, (_, _, first) in zip(value.inputs, self.segments(value), strict=True):
-            if self.parts.get(part) == (value, first):
-                continue
-            source, target = self.place(part), whole.part(first, self._padded(part.channels))
-            self._step(
-                f"copy into {value.number}",
-                lambda _, s=source, t=target: Combine(
-                    (Term(s.map(), NONE, NONE),), NONE, Activation.none, t.map(), 0, NONE
-                ),
-                reads=source.cells(),
-                writes=target.cells(),
-                flag=self.flag(value),
-            )
 
     def _combine(self, value: Value) -> None:
         """Store a sum, a normalisation or an activation."""

@@ -113,7 +113,8 @@ class Gradients:
             elif isinstance(op, Conv):
                 needed |= self.wanted.parameters
             elif isinstance(op, Norm):
-                needed |= self.wanted.parameters and (op.gamma is not None or op.beta is not None)
+                has_weights = (op.gamma is not None or op.beta is not None) and not op.is_fixed
+                needed |= self.wanted.parameters and has_weights
             elif isinstance(op, Sum):
                 needed |= self.wanted.decision and any(info.weight is not None for info in op.terms)
             if needed:
@@ -178,7 +179,7 @@ class Gradients:
         if value not in self._is_needed:
             return
         place, number = self._place(value), self.tensor(("grad output", index))
-        strides, segments = self.settings.strides(value.shape), self.forward.segments(value)
+        strides, segments = self.settings.strides(value.shape), value.layout.segments
         adds = int(self._has_begun(place))
         self._begun.update(place.cells())
         # backward does not run without any gradient
@@ -273,12 +274,12 @@ class Gradients:
         at, flag = self._slots[part.weight][0][0], self.reached[part.weight]
         count, number = part.kernel[0] * part.kernel[1], self.tensor(("grad", part.weight))
         inputs, outputs = one.staged.source.channels, self.forward.place(value).channels
-        read = self.forward.segments(one.source)
+        read = one.source.layout.segments
         make: Any
         if part.is_depthwise:
             make = lambda: UnpackDepthwise(at, count, read, inputs, number, flag=flag)  # noqa: E731
         else:
-            written = self.forward.segments(value)
+            written = value.layout.segments
             make = lambda: UnpackDense(  # noqa: E731
                 at, count, read, written, inputs, outputs, number, flag=flag
             )

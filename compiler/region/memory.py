@@ -62,6 +62,12 @@ class Place:
             if begin < end and (index + 1 == len(borders) or borders[index + 1] > self.start)
         )
 
+    def window(self, top: int, left: int, steps: tuple[int, int], size: tuple[int, int]) -> Place:
+        """Some of the pixels: every steps-th row and column from the first, `size` of them."""
+        start = self.start + top * self.row + left * self.pixel
+        row, pixel = steps[0] * self.row, steps[1] * self.pixel
+        return replace(self, start=start, row=row, pixel=pixel, height=size[0], width=size[1])
+
     def part(self, first: int, channels: int) -> Place:
         """Some of the channels."""
         return replace(self, start=self.start + first, channels=channels)

@@ -6,9 +6,10 @@ from typing import Any
 
 from nascompile.compiler.region.flags import ALWAYS, Flags
 from nascompile.compiler.region.ir import Conv, Graph, TensorRef, Value
+from nascompile.compiler.region.layout import Segments
 from nascompile.compiler.region.memory import Buffer
 from nascompile.compiler.region.settings import Settings
-from nascompile.compiler.region.storage import Segments, Storage
+from nascompile.compiler.region.storage import Storage
 from nascompile.compiler.region.tasks import Task, TaskList
 from nascompile.kernels.plan.steps import NONE, PackDense, PackDepthwise
 
@@ -54,7 +55,7 @@ class Packing(Storage):
         size, tensor = count * inputs * outputs, self.tensor(op.weight)
         target = self.vector("weights", size)
         transposed = self.vector("transposed weights", size) if self.settings.has_backward else None
-        segments = self.segments(source), self.segments(value)
+        segments = source.layout.segments, value.layout.segments
         self._packed[op.weight] = (target, transposed)
         self._barrier(
             "pack",

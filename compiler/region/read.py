@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import fx, nn
@@ -10,8 +11,9 @@ from torch import fx, nn
 from nascompile.compiler.candidates import Candidate
 from nascompile.compiler.lower import LoweredChoice, LoweredInputChoice, LoweredLayerChoice
 from nascompile.compiler.region.executors import Executor
+from nascompile.compiler.region.functions import Env, apply_function
 from nascompile.compiler.region.ir import Graph, Shape, Sum, TermInfo, Unsupported, Value, Weight, Zero
-from nascompile.compiler.region.operations import Env, apply_function, apply_module
+from nascompile.compiler.region.operations import apply_module
 
 
 def read(
@@ -29,19 +31,33 @@ def read(
 
     `is_weighted`: for every choice, whether its decision has weights or only selects. Raises Unsupported.
     """
-    graph = Graph(shapes, executor.dtype, executor.device, shares="share_values" not in without)
+    shares = "share_values" not in without
+    graph = Graph(shapes, executor.dtype, executor.device, lane=executor.lane(), shares=shares)
     env: Env = dict(zip(inputs, graph.sources, strict=True))
     for node in nodes:
-        if isinstance(node.target, LoweredLayerChoice):
-            env[node] = _layer_choice(graph, node, env, candidates[node.target], is_weighted[node.target])
-        elif isinstance(node.target, LoweredInputChoice):
-            env[node] = _input_choice(graph, node, env, is_weighted[node.target])
-        else:
-            env[node] = _apply(graph, modules, node, env, None)
+        with _at(node):
+            if isinstance(node.target, LoweredLayerChoice):
+                env[node] = _layer_choice(graph, node, env, candidates[node.target], is_weighted[node.target])
+            elif isinstance(node.target, LoweredInputChoice):
+                env[node] = _input_choice(graph, node, env, is_weighted[node.target])
+            else:
+                env[node] = _apply(graph, modules, node, env, None)
+    for node in outputs:
+        with _at(node):
+            if isinstance(env[node].op, Zero):
+                raise Unsupported("an output is zero")
     graph.outputs = [env[node] for node in outputs]
-    if any(isinstance(value.op, Zero) for value in graph.outputs):
-        raise Unsupported("the output is zero")
     return graph
+
+
+@contextmanager
+def _at(node: fx.Node) -> Iterator[None]:
+    """Where something that is not understood was found."""
+    try:
+        yield
+    except Unsupported as reason:
+        reason.node = node
+        raise
 
 
 def _apply(

@@ -1,10 +1,10 @@
-"""A region as a function in the graph: runs its plan where it can, and its own graph op by op where it
-cannot."""
+"""A region as a function in the graph: runs its plan where it can, else its graph in parts that have plans,
+or op by op."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
@@ -25,11 +25,27 @@ PLAN_LIMIT = 8
 """Plans kept for one region; the one not used for longest goes."""
 
 
+PART_LIMIT = 8
+"""How often what a plan cannot have is found inside a part of a part; more would not end soon."""
+
+Function = Callable[..., Any]
+
+
+class Rest(Protocol):
+    """The nodes of a region op by op, and with regions for all but some of them."""
+
+    def __call__(self, *tensors: Any) -> Any: ...
+
+    def in_parts(self, outside: Collection[fx.Node]) -> tuple[Function, list[Region]]:
+        """The nodes as a function in which all but `outside` are regions again, and these regions."""
+        ...
+
+
 class Region:
     """`nodes` of the model's graph as one call: takes the values of `inputs`, gives those of `outputs`.
 
-    `fallback` computes the same op by op. `notes` gets, under the region's name, why a plan cannot be made.
-    `without`: rewrites that plans leave out.
+    `fallback` computes the same without a plan. `notes` gets, under the region's name, why a plan cannot be
+    made. `without`: rewrites that plans leave out.
     """
 
     def __init__(
@@ -40,7 +56,7 @@ class Region:
         inputs: Sequence[fx.Node],
         outputs: Sequence[fx.Node],
         candidates: Mapping[LoweredChoice, Sequence[tuple[nn.Module, Candidate]]],
-        fallback: Callable[..., Any],
+        fallback: Rest,
         notes: dict[str, str],
         without: frozenset[str] = frozenset(),
     ) -> None:
@@ -55,18 +71,24 @@ class Region:
         self._modules = modules
         self._candidates = candidates
         self._notes = notes
-        self._executions: dict[Any, Execution | None] = {}
+        self._executions: dict[Any, Execution | Function] = {}
+        self._parts: dict[frozenset[fx.Node], tuple[Function, list[Region]]] = {}
         self._memory = Memory()
 
     def __call__(self, *tensors: Tensor) -> Any:
+        strange = strangers(tensors)
+        if strange:
+            readers = [node for index in strange for node in self.inputs[index].users]
+            names = ", ".join(self.inputs[index].name for index in strange)
+            return self._in_parts(readers, f"{names} is not an image of the batch")(*tensors)
         executor = executor_for(tensors)
         decisions = executor if isinstance(executor, str) else read_decisions(self.choices, executor)
         if isinstance(executor, str) or isinstance(decisions, str):
             self._notes[self.__name__] = f"runs op by op: {decisions}"
             return self.fallback(*tensors)
         execution = self._execution(tensors, decisions, executor)
-        if execution is None:
-            return self.fallback(*tensors)
+        if not isinstance(execution, Execution):
+            return execution(*tensors)
         boundary = execution.boundaries.of(tensors, decisions.chosen)
         if isinstance(boundary, str):
             self._notes[self.__name__] = f"runs op by op: {boundary}"
@@ -77,12 +99,26 @@ class Region:
 
     @property
     def plans(self) -> list[Plan]:
-        """The plans made so far."""
-        return [execution.plan for execution in self._executions.values() if execution is not None]
+        """The plans made so far, those of its parts among them."""
+        own = [found.plan for found in self._executions.values() if isinstance(found, Execution)]
+        parts = [part for _, regions in self._parts.values() for part in regions]
+        return [*own, *(plan for part in parts for plan in part.plans)]
+
+    def _in_parts(self, outside: Collection[fx.Node], reason: str) -> Function:
+        """The region without some nodes, which run as they are, and the others in regions of their own."""
+        if self.__name__.count("_") > PART_LIMIT:
+            self._notes[self.__name__] = f"runs op by op: {reason}"
+            return self.fallback
+        key = frozenset(outside)
+        if key not in self._parts:
+            self._parts[key] = self.fallback.in_parts(key)
+        function, regions = self._parts[key]
+        self._notes[self.__name__] = f"runs {'in parts' if regions else 'op by op'}: {reason}"
+        return function
 
     def _execution(
         self, tensors: Sequence[Tensor], decisions: Decisions, executor: Executor
-    ) -> Execution | None:
+    ) -> Execution | Function:
         grad = torch.is_grad_enabled()
         key = (
             tuple(tensor.shape for tensor in tensors),
@@ -96,7 +132,7 @@ class Region:
         if key in self._executions:
             execution = self._executions.pop(key)
             self._executions[key] = execution
-            if execution is None or execution.suits(grad):
+            if not isinstance(execution, Execution) or execution.suits(grad):
                 return execution
             del self._executions[key]
         if len(self._executions) >= PLAN_LIMIT:
@@ -104,10 +140,16 @@ class Region:
         try:
             execution = self._make(tensors, decisions, grad, executor)
         except Unsupported as reason:
-            self._notes[self.__name__] = f"runs op by op: {reason}"
-            execution = None
+            execution = self._instead(reason)
         self._executions[key] = execution
         return execution
+
+    def _instead(self, reason: Unsupported) -> Function:
+        """What the region does where a plan cannot be made."""
+        if reason.node is not None:
+            return self._in_parts([reason.node], str(reason))
+        self._notes[self.__name__] = f"runs op by op: {reason}"
+        return self.fallback
 
     def _make(
         self, tensors: Sequence[Tensor], decisions: Decisions, grad: bool, executor: Executor
@@ -133,7 +175,7 @@ class Region:
             lane=executor.lane(),
             channels_last=is_channels_last(tensors),
             has_backward=wanted is not None,
-            borders=read_borders(graph, executor.lane()),
+            borders=read_borders(graph),
             slots=slots,
             without=self._without,
         )
@@ -153,6 +195,15 @@ def is_channels_last(tensors: Sequence[Tensor]) -> bool:
         tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
         for tensor in tensors
     )
+
+
+def strangers(tensors: Sequence[Any]) -> list[int]:
+    """Which of the values a plan could not take, if it could take the others: those that are no images, or of
+    another batch."""
+    images = [i for i, tensor in enumerate(tensors) if isinstance(tensor, Tensor) and tensor.dim() == 4]
+    batch = max((tensors[i].shape[0] for i in images), default=0)
+    fitting = {i for i in images if tensors[i].shape[0] == batch}
+    return [i for i in range(len(tensors)) if i not in fitting] if fitting else []
 
 
 def executor_for(tensors: Sequence[Any]) -> Executor | str:

@@ -44,15 +44,14 @@ class Settings:
         return self.slots[weight]
 
 
-def read_borders(graph: Graph, lane: int) -> dict[tuple[int, int, int], tuple[int, int]]:
+def read_borders(graph: Graph) -> dict[tuple[int, int, int], tuple[int, int]]:
     """The widest padding of the convolutions on images of each size."""
     borders: dict[tuple[int, int, int], tuple[int, int]] = {}
     for value in graph.values:
         if not isinstance(value.op, Conv):
             continue
         source = value.inputs[0]
-        channels = -(-source.channels // lane) * lane
-        key = (channels, *source.shape[1:])
+        key = (source.layout.padded, *source.shape[1:])
         before = borders.get(key, (0, 0))
         borders[key] = (max(before[0], value.op.padding[0]), max(before[1], value.op.padding[1]))
     return borders

@@ -12,6 +12,8 @@ from nascompile.kernels.plan.steps import (
     Combine,
     Convolve,
     ConvolveBackward,
+    Gate,
+    GateGradient,
     Load,
     Map,
     Mask,
@@ -108,6 +110,11 @@ def _what(step: Step) -> str:
             return f"unstage{_activation(step.activation)} {_map(step.gradient)} -> {_map(step.target)}"
         case Mask():
             return f"mask{_activation(step.activation)} {_map(step.gradient)}"
+        case Gate():
+            sign = "+=" if step.adds else "="
+            return f"gate {_map(step.target)} {sign} {_map(step.image)} * {_map(step.gate)}"
+        case GateGradient():
+            return f"gate gradient {_map(step.gradient)} with {_map(step.image)} -> {_map(step.target)}"
         case Pick():
             return f"pick {step.count} channels {_map(step.source)} -> {_map(step.target)}"
 

@@ -15,24 +15,27 @@ from typing import Any
 from nascompile.compiler.region.flags import ALWAYS, Flags
 from nascompile.compiler.region.ir import (
     Act,
+    Arrange,
     Cat,
     Channels,
     Conv,
     Crop,
+    Gate,
     Graph,
     Norm,
+    Pad,
     PoolOp,
+    Spread,
     Sum,
     TensorRef,
     Value,
     Weight,
 )
+from nascompile.compiler.region.layout import runs, starts
 from nascompile.compiler.region.memory import Buffer, Place, new_place
 from nascompile.compiler.region.settings import Settings
 from nascompile.compiler.region.tasks import Staged
-from nascompile.kernels.plan.steps import NONE, Activation
-
-Segments = tuple[tuple[int, int, int], ...]
+from nascompile.kernels.plan.steps import MASKS, NONE, Activation
 
 
 @dataclass(eq=False, slots=True)
@@ -127,7 +130,17 @@ class Storage:
             return False
         if "stage_activations" in self.settings.without:
             return False
-        return all(_is_read_by_convolutions(user) for user in value.users)
+        return all(isinstance(user.op, Conv) or self.is_read_in_place(user) for user in value.users)
+
+    def is_read_in_place(self, value: Value) -> bool:
+        """Whether convolutions read a crop where the image lies: none of them adds zeros around it."""
+        op = value.op
+        if not isinstance(op, Crop) or value in self.outputs or not value.users:
+            return False
+        whole = value.inputs[0].shape[1:]
+        reaches = (op.top + value.shape[1], op.left + value.shape[2]) == whole
+        plain = reaches and (op.down, op.right) == (1, 1)
+        return plain and all(isinstance(u.op, Conv) and u.op.padding == (0, 0) for u in value.users)
 
     def is_merged_sum(self, value: Value) -> bool:
         """Whether a sum is part of the one sum that reads it."""
@@ -137,7 +150,8 @@ class Storage:
             return False
         user = value.users[0]
         if isinstance(user.op, Act):
-            return not self.is_staged_act(user)
+            # without a mask the derivative is that of the sum, which has to be stored
+            return user.op.kind in MASKS and not self.is_staged_act(user)
         if not isinstance(user.op, Sum) or user.inputs.count(value) > 1:
             return False
         return user.op.terms[user.inputs.index(value)].weight is None
@@ -159,35 +173,15 @@ class Storage:
         for cat in self.graph.values:
             if not isinstance(cat.op, Cat):
                 continue
-            first = 0
-            for part in cat.inputs:
+            for part, first in zip(cat.inputs, starts_of(cat), strict=True):
                 # a part that others read as well must be there whenever they are
                 alone = cat.owners is None or len(part.users) == 1
                 free = part not in parts and cat.inputs.count(part) == 1 and alone
-                if free and isinstance(part.op, Sum | Norm | Act | Conv | PoolOp | Channels):
+                if free and isinstance(
+                    part.op, Sum | Norm | Act | Conv | PoolOp | Channels | Arrange | Spread | Gate
+                ):
                     parts[part] = (cat, first)
-                first += self._padded(part.channels)
         return parts
-
-    def _padded(self, channels: int) -> int:
-        return -(-channels // self.settings.lane) * self.settings.lane
-
-    def segments(self, value: Value) -> Segments:
-        """Where the channels of a value lie in its map."""
-        if isinstance(value.op, Cat):
-            found, logical, padded = [], 0, 0
-            for part in value.inputs:
-                found.append((logical, part.channels, padded))
-                logical += part.channels
-                padded += self._padded(part.channels)
-            return tuple(found)
-        if isinstance(value.op, Act | Crop | Norm):
-            return (
-                self.segments(value.inputs[0])
-                if not isinstance(value.op, Norm)
-                else ((0, value.channels, 0),)
-            )
-        return ((0, value.channels, 0),)
 
     # ---- memory ----
 
@@ -199,10 +193,9 @@ class Storage:
 
     def new_map(self, value: Value, name: str) -> Place:
         """A map of the size of the value."""
-        channels = sum(self._padded(count) for _, count, _ in self.segments(value))
-        place = new_place(name, self.settings.images, channels, *value.shape[1:])
+        place = new_place(name, self.settings.images, value.layout.padded, *value.shape[1:])
         if isinstance(value.op, Cat):
-            place.buffer.borders = [padded for _, _, padded in self.segments(value)]
+            place.buffer.borders = starts_of(value)
         self.buffers.append(place.buffer)
         return place
 
@@ -211,7 +204,7 @@ class Storage:
         if value not in self.places:
             if value in self.parts:
                 cat, first = self.parts[value]
-                self.places[value] = self.place(cat).part(first, self._padded(value.channels))
+                self.places[value] = self.place(cat).part(first, value.layout.padded)
             else:
                 self.places[value] = self.new_map(value, f"v{value.number}")
         return self.places[value]
@@ -238,7 +231,24 @@ class Storage:
         return self.flags.any_of(self.flags.chosen(owner) for owner in value.owners)
 
 
-def _is_read_by_convolutions(value: Value) -> bool:
-    if isinstance(value.op, Crop):
-        return all(isinstance(user.op, Conv) for user in value.users)
-    return isinstance(value.op, Conv)
+def runs_of(value: Value) -> list[tuple[int, int, int, int]]:
+    """How the channels of a Channels, Arrange or Spread come from its input's; see layout.runs."""
+    op = value.op
+    if isinstance(op, Spread):
+        return [(0, 0, padded, count) for _, count, padded in op.layout.segments]
+    first, step = (op.first, op.step) if isinstance(op, Channels) else (0, 1)
+    return list(runs(value.inputs[0].layout, value.layout, first, step))
+
+
+def windows_of(value: Value, x: Place, y: Place) -> tuple[Place, Place]:
+    """The pixels of x that a Crop or Pad copies, and where they lie in y, its own map."""
+    if isinstance(value.op, Pad):
+        return x, y.window(value.op.top, value.op.left, (1, 1), (x.height, x.width))
+    assert isinstance(value.op, Crop)
+    steps = (value.op.down, value.op.right)
+    return x.window(value.op.top, value.op.left, steps, (y.height, y.width)), y
+
+
+def starts_of(cat: Value) -> list[int]:
+    """The padded channels at which the parts of a concatenation begin."""
+    return starts([part.layout for part in cat.inputs])

@@ -17,14 +17,18 @@ from torch import Tensor
 
 from nascompile.compiler.region.ir import (
     Act,
+    Arrange,
     Cat,
     Channels,
     Conv,
     Crop,
+    Gate,
     Graph,
     Norm,
+    Pad,
     PoolOp,
     Source,
+    Spread,
     Sum,
     TensorRef,
     Unsupported,
@@ -32,7 +36,7 @@ from nascompile.compiler.region.ir import (
     Weight,
     Zero,
 )
-from nascompile.kernels.plan.steps import Activation
+from nascompile.kernels.plan.reference import ACTIVATIONS
 
 Dtypes = tuple[torch.dtype, ...]
 ANSWER_LIMIT = 4096
@@ -68,12 +72,12 @@ _OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "bias": lambda x, bias: F.conv2d(x, x, bias.flatten()),
     "BatchNorm over the batch": _norm(True),
     "BatchNorm": _norm(False),
-    "ReLU": F.relu,
-    "ReLU6": F.relu6,
+    **{kind.name: activation for kind, activation in ACTIVATIONS.items()},
     "max pooling": lambda x: F.max_pool2d(x, 1),
     "average pooling": lambda x: F.avg_pool2d(x, 1),
     "concatenation": lambda *parts: torch.cat(parts, 1),
     "sum": lambda *terms: reduce(torch.add, terms),
+    "product": lambda *factors: reduce(torch.mul, factors),
 }
 
 
@@ -111,12 +115,18 @@ def _norm_question(op: Norm, types: Dtypes) -> Question:
 QUESTIONS: dict[type, Callable[[Any, Dtypes], Question]] = {
     Conv: lambda op, types: ("convolution", (*types, op.weight.value.dtype)),
     Norm: _norm_question,
-    Act: lambda op, types: ("ReLU6" if op.kind == Activation.relu6 else "ReLU", types),
+    Act: lambda op, types: (op.kind.name, types),
     PoolOp: lambda op, types: ("max pooling" if op.is_max else "average pooling", types),
     Cat: lambda op, types: ("concatenation", tuple(dict.fromkeys(types))),
     Sum: lambda op, types: ("sum", tuple(dict.fromkeys(types))),
+    Gate: lambda op, types: ("product", tuple(dict.fromkeys(types))),
 }
 """What to ask of torch about an operation on images of the given types."""
+
+
+def is_scaled(value: Value) -> bool:
+    """Whether a value is an image times and plus numbers."""
+    return isinstance(value.op, Norm) and value.op.is_fixed
 
 
 def is_computed(value: Value, chosen: Collection[Weight]) -> bool:
@@ -140,8 +150,11 @@ def output_types(graph: Graph, inputs: Sequence[torch.dtype], chosen: frozenset[
             found[value] = inputs[op.index]
         elif isinstance(op, Zero):
             found[value] = found[graph.values[op.like]]
-        elif isinstance(op, Crop | Channels):
+        elif isinstance(op, Crop | Pad | Channels | Arrange | Spread) or is_scaled(value):
+            # numbers of the program do not widen what they are multiplied with
             found[value] = found[value.inputs[0]]
+        elif isinstance(op, Sum | Gate) and op.like is not None:
+            found[value] = found[value.inputs[op.like]]
         else:
             question = QUESTIONS.get(type(op))
             if question is None:

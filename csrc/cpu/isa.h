@@ -37,6 +37,8 @@ int isa_lane(Isa isa);
   void plan_unstage(const plan::Unstage& step, const plan::Image& image);                            \
   void plan_mask(const plan::Mask& step, const plan::Image& image);                                  \
   void plan_pick(const plan::Pick& step, const plan::Image& image);                                  \
+  void plan_gate(const plan::Gate& step, const plan::Image& image);                                  \
+  void plan_gate_gradient(const plan::GateGradient& step, const plan::Image& image);                 \
   int64_t plan_convolve_tile(const plan::Convolve& step, const int64_t* program);                    \
   int64_t plan_convolve_backward_tile(const plan::ConvolveBackward& step, const int64_t* program);   \
   int64_t plan_pool_tile(const plan::Pool& step);                                                    \

@@ -91,39 +91,6 @@ NASCOMPILE_INLINE Channels<N> multiply_add(const Channels<N>& a, const Channels<
   return each([](const Vec& x, const Vec& y, const Vec& z) { return at::vec::fmadd(x, y, z); }, a, b, c);
 }
 
-// nan stays nan, as in torch
-template <int64_t A, int N>
-NASCOMPILE_INLINE Channels<N> activate(const Channels<N>& value) {
-  return each(
-      [](const Vec& x) {
-        if constexpr (A == plan::kRelu) {
-          return at::vec::clamp_min(x, Vec(0.0f));
-        } else if constexpr (A == plan::kRelu6) {
-          return at::vec::clamp(x, Vec(0.0f), Vec(6.0f));
-        } else {
-          return x;
-        }
-      },
-      value);
-}
-
-// gradient where the activation's derivative at `value` is one; at nan as in torch: relu passes it on, relu6 does not
-template <int64_t A, int N>
-NASCOMPILE_INLINE Channels<N> mask(const Channels<N>& gradient, const Channels<N>& value) {
-  return each(
-      [](const Vec& g, const Vec& x) {
-        if constexpr (A == plan::kRelu) {
-          return Vec::blendv(g, Vec(0.0f), x <= Vec(0.0f));
-        } else if constexpr (A == plan::kRelu6) {
-          return ((x > Vec(0.0f)) & (x < Vec(6.0f))) & g;
-        } else {
-          return g;
-        }
-      },
-      gradient,
-      value);
-}
-
 template <int N>
 NASCOMPILE_INLINE void add_to(double* sums, const Channels<N>& values) {
   float lanes[N];
@@ -163,18 +130,6 @@ void for_channels(int64_t begin, int64_t end, const Visit& visit) {
     if (channel < end) {
       visit(channel, std::integral_constant<int, kLine / 2>{});
     }
-  }
-}
-
-template <typename Visit>
-void switch_activation(int64_t activation, const Visit& visit) {
-  switch (activation) {
-    case plan::kRelu:
-      return visit(std::integral_constant<int64_t, plan::kRelu>{});
-    case plan::kRelu6:
-      return visit(std::integral_constant<int64_t, plan::kRelu6>{});
-    default:
-      return visit(std::integral_constant<int64_t, plan::kIdentity>{});
   }
 }
 

@@ -5,7 +5,7 @@
 #include <algorithm>
 
 #include "isa.h"
-#include "plan_lanes.h"
+#include "plan_activations.h"
 
 namespace nascompile::CPU_CAPABILITY {
 namespace {
@@ -442,7 +442,7 @@ struct Unstaging {
       const float* in, const float* value, float* out, const Channels<N>& factor, const Channels<N>& offset,
       Channels<N>& total, Channels<N>& products) const {
     const Channels<N> read(value);
-    Channels<N> passed = mask<A>(Channels<N>(in), multiply_add(factor, read, offset));
+    Channels<N> passed = hand_back<A>(Channels<N>(in), multiply_add(factor, read, offset));
     total = add(total, passed);
     products = multiply_add(passed, read, products);
     if (step.adds) {
@@ -534,14 +534,14 @@ void plan_mask(const plan::Mask& step, const plan::Image& image) {
   const View gradient(step.gradient, image);
   const View value(step.value, image);
   const bool flat = is_flat(step.gradient) && is_flat(step.value);
-  switch_activation(step.activation, [&](auto activation) {
+  switch_mask(step.activation, [&](auto activation) {
     for_tiles(step.gradient, flat, [&](const Tile& tile) {
       for_channels(tile.begin, tile.end, [&](int64_t channel, auto n) {
         for (int64_t y = 0; y < tile.rows; ++y) {
           const float* in = value.at(tile) + y * value.row + channel;
           float* out = gradient.at(tile) + y * gradient.row + channel;
           for (int64_t x = 0; x < tile.width; ++x) {
-            mask<activation>(Channels<n>(out), Channels<n>(in)).store(out);
+            hand_back<activation>(Channels<n>(out), Channels<n>(in)).store(out);
             in += value.pixel;
             out += gradient.pixel;
           }

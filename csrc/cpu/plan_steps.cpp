@@ -37,6 +37,10 @@ void plan_step(int64_t kind, const int64_t* fields, const plan::Image& image) {
       return plan_mask(as<plan::Mask>(fields), image);
     case plan::kPick:
       return plan_pick(as<plan::Pick>(fields), image);
+    case plan::kGate:
+      return plan_gate(as<plan::Gate>(fields), image);
+    case plan::kGateGradient:
+      return plan_gate_gradient(as<plan::GateGradient>(fields), image);
   }
 }
 

@@ -142,10 +142,16 @@ def _bind(launch: Launch, precision: str) -> Callable[[tuple[Tensor, ...], int],
 @cache
 def kernels() -> dict[str, tuple[Any, tuple[str, ...]]]:
     """The kernels by name, with the names of their parameters; Triton is imported when one is needed."""
-    from nascompile.kernels.plan import triton_barriers, triton_convolve, triton_maps, triton_pool
+    from nascompile.kernels.plan import (
+        triton_barriers,
+        triton_convolve,
+        triton_gate,
+        triton_maps,
+        triton_pool,
+    )
 
     found: dict[str, tuple[Any, tuple[str, ...]]] = {}
-    for module in (triton_barriers, triton_convolve, triton_maps, triton_pool):
+    for module in (triton_barriers, triton_convolve, triton_gate, triton_maps, triton_pool):
         for name, kernel in vars(module).items():
             if name.endswith("_kernel"):
                 found[name.removesuffix("_kernel")] = kernel, tuple(kernel.arg_names)

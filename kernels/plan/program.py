@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nascompile.kernels.plan.steps import BARRIERS, STEPS, Barrier, Map, Step, Tap
 
-VERSION = 1
+VERSION = 2
 _BARRIERS = {kind: number for number, kind in enumerate(BARRIERS)}
 _STEPS = {kind: number for number, kind in enumerate(STEPS)}
 ALIGNMENT = 16

@@ -11,16 +11,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from nascompile.kernels.plan import barriers_reference
 from nascompile.kernels.plan.program import Program
 from nascompile.kernels.plan.state import State
 from nascompile.kernels.plan.steps import (
+    MASKS,
     NONE,
     Activation,
     Combine,
     Convolve,
     ConvolveBackward,
+    Gate,
+    GateGradient,
     Load,
     Map,
     Mask,
@@ -86,17 +90,34 @@ def _affine(state: State, value: Tensor, scale: int, shift: int) -> Tensor:
     return value if shift == NONE else value + state.vector(shift, channels)
 
 
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    Activation.none: lambda value: value,
+    Activation.relu: torch.relu,
+    Activation.relu6: functional.relu6,
+    Activation.hardswish: functional.hardswish,
+    Activation.hardsigmoid: functional.hardsigmoid,
+    Activation.silu: functional.silu,
+    Activation.sigmoid: torch.sigmoid,
+    Activation.gelu: functional.gelu,
+    Activation.leaky_relu: functional.leaky_relu,
+    Activation.elu: functional.elu,
+}
+
+
 def _activate(value: Tensor, activation: Activation) -> Tensor:
+    return ACTIVATIONS[activation](value)
+
+
+def _hand_back(gradient: Tensor, value: Tensor, activation: Activation) -> Tensor:
+    """The gradient times the activation's derivative; but for MASKS that is autograd's."""
     if activation == Activation.none:
-        return value
-    return torch.relu(value) if activation == Activation.relu else torch.clamp(value, 0, 6)
-
-
-def _passes(value: Tensor, activation: Activation) -> Tensor:
-    """Where the activation hands its gradient on, `value` before or after it."""
-    if activation == Activation.relu:
-        return ~(value <= 0)
-    return ~((value <= 0) | (value >= 6))
+        return gradient
+    if activation in MASKS:
+        stops = (value <= 0) | ((value >= 6) & (activation == Activation.relu6))
+        return torch.where(stops, 0, gradient)
+    with torch.enable_grad():
+        value = value.detach().requires_grad_()
+        return torch.autograd.grad(ACTIVATIONS[activation](value), value, gradient)[0]
 
 
 def _window(
@@ -272,9 +293,7 @@ def reduce(state: State, step: Reduce) -> None:
 
 def unstage(state: State, step: Unstage) -> None:
     gradient, source = state.view(step.gradient), state.view(step.source)
-    if step.activation != Activation.none:
-        value = _affine(state, source, step.scale, step.shift)
-        gradient = torch.where(_passes(value, step.activation), gradient, 0)
+    gradient = _hand_back(gradient, _affine(state, source, step.scale, step.shift), step.activation)
     target = state.view(step.target)
     target.copy_(target + gradient if step.adds else gradient)
     _moments(state, step.moments, gradient, source)
@@ -282,17 +301,29 @@ def unstage(state: State, step: Unstage) -> None:
 
 def mask(state: State, step: Mask) -> None:
     gradient = state.view(step.gradient)
-    gradient.copy_(torch.where(_passes(state.view(step.value), step.activation), gradient, 0))
+    gradient.copy_(_hand_back(gradient, state.view(step.value), step.activation))
+
+
+def gate(state: State, step: Gate) -> None:
+    target = state.view(step.target)
+    product = state.view(step.image) * state.view(step.gate)
+    product = target + product if step.adds else product
+    target.copy_(product)
+    _moments(state, step.moments, product)
+
+
+def gate_gradient(state: State, step: GateGradient) -> None:
+    target = state.view(step.target)
+    target += (state.view(step.gradient) * state.view(step.image)).sum((1, 2), keepdim=True)
 
 
 def pick(state: State, step: Pick) -> None:
     source, target = state.view(step.source), state.view(step.target)
     if not step.adds:
         target.zero_()
-    last_source = step.first_source + step.step_source * step.count
-    last_target = step.first_target + step.step_target * step.count
-    picked = source[..., step.first_source : last_source : step.step_source]
-    target[..., step.first_target : last_target : step.step_target] += picked
+    numbers = torch.arange(step.count)
+    picked = source[..., step.first_source + step.step_source * numbers]
+    target.index_add_(-1, step.first_target + step.step_target * numbers, picked)
 
 
 RUN: dict[type, Callable[[State, Any], None]] = {
@@ -308,5 +339,7 @@ RUN: dict[type, Callable[[State, Any], None]] = {
     Unstage: unstage,
     Mask: mask,
     Pick: pick,
+    Gate: gate,
+    GateGradient: gate_gradient,
 }
 assert Space.slab == 0

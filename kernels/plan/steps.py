@@ -6,10 +6,11 @@ image: images are shared out among chunks (one per thread), and each chunk runs 
 image before it goes on to its next one. So a step may use what an earlier step of its phase wrote for the
 same image, and a barrier may use what earlier phases summed over the whole batch.
 
-Memory, all fp32 unless said otherwise. The *slab* holds the maps (channels last, channels padded with zeros
-to whole vectors), per-channel vectors and packed weights. A chunk has *sums* (fp64) and *gradients* (fp32)
-that its images add to, zero at the start of a run, and *scratch*, zero at the start of a run too: a padded
-image keeps the zeros around it because no step writes there.
+Memory, all fp32 unless said otherwise. The *slab* holds the maps (channels last, padded to whole vectors:
+with zeros in gradients, else with numbers that nothing depends on), per-channel vectors and packed weights. A
+chunk has *sums* (fp64) and *gradients* (fp32) that its images add to, zero at the start of a run, and
+*scratch*, zero at the start of a run too: a padded image keeps the zeros around it because no step writes
+there.
 
 csrc/plan.h has the same structures, field by field and in the same order; `encode` in program.py writes them
 down.
@@ -37,6 +38,17 @@ class Activation(IntEnum):
     none = 0
     relu = 1
     relu6 = 2
+    hardswish = 3
+    hardsigmoid = 4
+    silu = 5
+    sigmoid = 6
+    gelu = 7
+    leaky_relu = 8
+    elu = 9
+
+
+MASKS = frozenset((Activation.relu, Activation.relu6))
+"""Those whose derivative is one or zero and follows from the output as well as from the input."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,10 +294,11 @@ class Reduce:
 
 @dataclass(frozen=True, slots=True)
 class Unstage:
-    """The gradient of Stage: g = gradient where activation'(scale * source + shift) is one; target (+)= g.
+    """The gradient of Stage: g = gradient * activation'(scale * source + shift); target (+)= g.
 
-    Without an activation g is the gradient. `moments`: offset in the sums of [sum of g][sum of g * source],
-    or NONE. The derivative of ReLU at 0 is 0, that of ReLU6 at 0 and 6 as well.
+    `target` may be `gradient`. `moments`: offset in the sums of [sum of g][sum of g * source], or NONE. The
+    derivative of ReLU at 0 is 0, that of ReLU6 at 0 and 6 as well. GELU is that of the normal distribution,
+    the slope of LeakyReLU 0.01, ELU's alpha 1.
     """
 
     gradient: Map
@@ -301,7 +314,7 @@ class Unstage:
 
 @dataclass(frozen=True, slots=True)
 class Mask:
-    """gradient *= activation'(value), in place, where `value` is the activation's output."""
+    """gradient *= activation'(value), in place, where `value` is the output of one of MASKS."""
 
     gradient: Map
     value: Map
@@ -314,7 +327,7 @@ class Pick:
     """target[..., first_target + i*step_target] (+)= source[..., first_source + i*step_source] for i < count.
 
     Some channels of an image, or with `adds` their gradient's way back. Without `adds` the other channels of
-    the target become zero.
+    the target become zero. A step of zero in the source repeats one channel, in the target it sums many.
     """
 
     source: Map
@@ -325,6 +338,29 @@ class Pick:
     step_target: int
     count: int
     adds: int
+    flag: int = NONE
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """target (+)= image * gate, where `gate` has the size of the image or one pixel. `moments` as in
+    Convolve."""
+
+    image: Map
+    gate: Map
+    target: Map
+    adds: int
+    moments: int
+    flag: int = NONE
+
+
+@dataclass(frozen=True, slots=True)
+class GateGradient:
+    """target += sum over pixels of gradient * image: the gradient of a gate of one pixel."""
+
+    gradient: Map
+    image: Map
+    target: Map
     flag: int = NONE
 
 
@@ -513,6 +549,8 @@ STEPS = (
     Unstage,
     Mask,
     Pick,
+    Gate,
+    GateGradient,
 )
 BARRIERS = (
     PackDepthwise,
@@ -537,6 +575,8 @@ Step = (
     | Unstage
     | Mask
     | Pick
+    | Gate
+    | GateGradient
 )
 Barrier = (
     PackDepthwise

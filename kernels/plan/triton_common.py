@@ -83,20 +83,6 @@ def vector(slab_ptr, offset, channel, missing):
 
 
 @triton.jit
-def activate(value, activation):
-    """relu for 1, relu6 for 2; nan stays nan."""
-    value = tl.where((activation > 0) & (value <= 0), 0.0, value)
-    return tl.where((activation == 2) & (value >= 6), 6.0, value)
-
-
-@triton.jit
-def passes(value, activation):
-    """Where the activation hands its gradient on."""
-    stops = ((activation > 0) & (value <= 0)) | ((activation == 2) & (value >= 6))
-    return stops == 0
-
-
-@triton.jit
 def partial(work_ptr, at, row, width, column, value):
     """Write one row's share of a sum that a later launch adds up: [row][width] floats from `at`."""
     if at >= 0:

@@ -9,16 +9,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from nascompile.kernels.plan.triton_activations import activate, hand_back, passes
 from nascompile.kernels.plan.triton_common import (
     MAP,
     TERM,
-    activate,
     base_of,
     channels_of,
     is_on,
     logical_of,
     partial,
-    passes,
     pixels_of,
     read,
     record_of,
@@ -172,7 +171,7 @@ def combine_kernel(
         channel,
         zero,
     )
-    total = activate(total, tl.load(step + 12))
+    total = tl.where(inside[:, None], activate(total, tl.load(step + 12)), 0.0)
     base = base_of(slab_ptr, work_ptr, target, n, y, x)
     total += read(slab_ptr, base, channel, inside & (tl.load(step + 13) != 0))
     write(slab_ptr, base, channel, total, inside)
@@ -247,7 +246,7 @@ def unstage_kernel(
     value = read(slab_ptr, base_of(slab_ptr, work_ptr, source, n, y, x), channel, needed)
     scale = vector(slab_ptr, tl.load(step + 17), channel, 1.0)[None, :]
     shift = vector(slab_ptr, tl.load(step + 18), channel, 0.0)[None, :]
-    g = tl.where(passes(value * scale + shift, activation), g, 0.0)
+    g = hand_back(g, value * scale + shift, activation)
     base = base_of(slab_ptr, work_ptr, target, n, y, x)
     before = read(slab_ptr, base, channel, inside & (tl.load(step + 28) != 0))
     write(slab_ptr, base, channel, before + g, inside)
@@ -302,12 +301,17 @@ def pick_kernel(
     n, y, x, inside = pixels_of(target, images, tl.program_id(0), BLOCK_P)
     channel = channels_of(BLOCK_C)
     away, stride = channel - tl.load(step + 19).to(tl.int32), tl.load(step + 20).to(tl.int32)
-    number = away // stride
-    picked = (away >= 0) & (number * stride == away) & (number < tl.load(step + 21).to(tl.int32))
-    other = tl.load(step + 17) + number * tl.load(step + 18)
+    count = tl.load(step + 21).to(tl.int32)
+    number = away // tl.maximum(stride, 1)
+    picked = (away >= 0) & (number * stride == away) & (number < count)
     base = base_of(slab_ptr, work_ptr, source, n, y, x)
-    there = inside[:, None] & picked[None, :]
-    value = tl.load(slab_ptr + base[:, None] + other[None, :], mask=there, other=0.0)
+    value = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
+    # of one channel that many come to, each takes a turn
+    turns = tl.where(stride == 0, count, 1)
+    for turn in range(turns):
+        other = tl.load(step + 17) + (number + turn) * tl.load(step + 18)
+        there = inside[:, None] & picked[None, :]
+        value += tl.load(slab_ptr + base[:, None] + other[None, :], mask=there, other=0.0)
     base = base_of(slab_ptr, work_ptr, target, n, y, x)
     value += read(slab_ptr, base, channel, inside & (tl.load(step + 22) != 0))
     write(slab_ptr, base, channel, value, inside)

@@ -12,6 +12,8 @@ from nascompile.kernels.plan.steps import (
     Combine,
     Convolve,
     ConvolveBackward,
+    Gate,
+    GateGradient,
     Load,
     Map,
     Mask,
@@ -121,6 +123,23 @@ class _Lowering(Launches):
         record += [step.first_source, step.step_source, step.first_target, step.step_target]
         record += [step.count, step.adds]
         self.over("pick", step.target, block_of(step.target.channels), record, "pick")
+
+    def gate(self, step: Gate) -> None:
+        block = block_of(step.target.channels)
+        gate = self.table.map(step.gate)
+        if (step.gate.height, step.gate.width) == (1, 1):
+            # its one pixel is read for all
+            gate[3] = gate[4] = 0
+        record = [step.flag, *self.table.map(step.image), *gate, *self.table.map(step.target), step.adds]
+        record.append(self.moments(step, step.target, block))
+        self.over("gate", step.target, block, record, "gate")
+
+    def gate_gradient(self, step: GateGradient) -> None:
+        block = block_of(step.target.channels)
+        record = [step.flag, *self.table.map(step.gradient), *self.table.map(step.image)]
+        record += self.table.map(step.target)
+        size = self.images, step.target.channels // block["BLOCK_C"]
+        self.launch("gate_gradient", block, size, [record], "gate gradient")
 
     # ---- pooling ----
 
@@ -275,6 +294,8 @@ _STEPS: dict[type, Callable[[_Lowering, Any], None]] = {
     Unstage: _Lowering.unstage,
     Mask: _Lowering.mask,
     Pick: _Lowering.pick,
+    Gate: _Lowering.gate,
+    GateGradient: _Lowering.gate_gradient,
     Pool: _Lowering.pool,
     PoolBackward: _Lowering.pool_backward,
     Convolve: _Lowering.convolve,

@@ -142,6 +142,9 @@ def assert_regions(compiled: nascompile.CompiledModel, case: Case) -> None:
         assert bool(says) == (op_by_op is not None), says
         assert all((op_by_op or "") in reason for reason in says), says
         assert all(bool(found.plans) == (op_by_op is None) for found in entry.regions)
+        parts = [reason for reason in entry.notes.values() if "in parts" in reason]
+        assert bool(parts) == (case.in_parts is not None), parts
+        assert all((case.in_parts or "") in reason for reason in parts), parts
 
 
 GROUPS = ("outputs", "inputs", "weights", "decisions", "buffers", "parameters")

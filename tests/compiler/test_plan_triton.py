@@ -83,18 +83,23 @@ def candidates(stride: int) -> list[nn.Module]:
 
 
 class Network(nn.Module):
-    """Two edges, one of them with stride 2; what they give is summed, concatenated and convolved."""
+    """Two edges, one of them with stride 2; what they give is concatenated, gated and convolved."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Sequential(convolution(3, CHANNELS, 3, padding=1), nn.BatchNorm2d(CHANNELS))
         self.first = LayerChoice(candidates(1), key="first")
         self.second = LayerChoice(candidates(2), key="second")
-        self.last = nn.Sequential(nn.ReLU(), convolution(CHANNELS, 7, 1, stride=1), nn.BatchNorm2d(7))
+        self.squeeze = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 3, 1), nn.SiLU(), nn.Conv2d(3, 8, 1), nn.Sigmoid()
+        )
+        self.last = nn.Sequential(nn.Hardswish(), convolution(8, 7, 1, stride=1), nn.BatchNorm2d(7))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
-        return self.last(self.second(x + self.first(x)))
+        y = self.second(x + self.first(x))
+        y = torch.cat([y, y[:, 1:4] * y[:, :3]], 1)
+        return self.last(y * self.squeeze(y))
 
 
 WEIGHTS = [0.3, 0.1, 0.2, 0.25, 0.15]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nascompile.compiler.region import execution, region
 from tests.comparing import EXACT, assert_close, assert_same, step
+from tests.compiler import region_layouts, region_patterns
 from tests.compiler.region_models import CASES, Case
 from tests.compiler.region_pairs import NET, Pair
 from tests.compiler.region_simulation import overlaps, simulated
@@ -26,7 +27,9 @@ from tests.compiler.region_steps import (
     train,
 )
 
-PLANNED = [case for case in CASES if case.regions == 1 and case.op_by_op is None]
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+MORE = [*region_layouts.CASES, *region_patterns.CASES]
+PLANNED = [case for case in (*CASES, *MORE) if case.regions == 1 and not (case.op_by_op or case.in_parts)]
 SEVERAL = [
     case
     for case in PLANNED
@@ -34,6 +37,7 @@ SEVERAL = [
     in ("orders", "stride 2, odd sizes", "darts", "kernels of 5 channels", "inputs", "concatenated")
 ]
 SEVERAL += [case for case in PLANNED if case.name in ("several inputs and outputs", "mobile", "shared keys")]
+SEVERAL += [case for case in MORE if case in PLANNED]
 
 
 @pytest.fixture(autouse=True)

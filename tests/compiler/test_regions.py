@@ -13,7 +13,8 @@ import nascompile
 from nascompile.mutables import InputChoice, LayerChoice
 from tests import numerics
 from tests.comparing import Decided, assert_close, assert_same, step
-from tests.compiler.region_models import CASES, Case, Nothing, SepConv, Unit
+from tests.compiler import region_layouts, region_models, region_patterns
+from tests.compiler.region_models import Case, Nothing, SepConv, Unit
 from tests.compiler.region_steps import (
     assert_regions,
     assert_rounds_closer,
@@ -26,6 +27,8 @@ from tests.kernels.plan_memory import instruction_set
 
 __all__ = ["instruction_set"]
 
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+CASES = (*region_models.CASES, *region_layouts.CASES, *region_patterns.CASES)
 BY_NAME: Any = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
@@ -179,7 +182,7 @@ class TwoRegions(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.one = LayerChoice([Unit("acb", 8), SepConv(8, 3)])
-        self.between = nn.GELU()
+        self.between = nn.Mish()
         self.two = LayerChoice([Unit("acb", 8), SepConv(8, 3)])
         self.choose = InputChoice(n_candidates=2)
 

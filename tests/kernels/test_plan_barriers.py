@@ -14,7 +14,7 @@ from torch import nn
 
 from nascompile.kernels import native
 from nascompile.kernels.plan import run as plan_run
-from nascompile.kernels.plan.program import Phase, aligned, encode
+from nascompile.kernels.plan.program import VERSION, Phase, aligned, encode
 from nascompile.kernels.plan.steps import (
     NONE,
     Activation,
@@ -315,7 +315,7 @@ def test_what_does_not_fit_is_refused():
     pack = PackDense(weights, 9, ((0, 16, 0),), ((0, 16, 0),), 16, 16, 0, NONE)
     other = encoded.clone()
     other[0] = 7
-    refuse("program has version 7, this build runs version 1", encoded=other)
+    refuse(f"program has version 7, this build runs version {VERSION}", encoded=other)
     refuse("program must be a contiguous int64 tensor", encoded=encoded.int())
     refuse("program is too short", encoded=encoded[:3])
     refuse("pads channels to a multiple of 4", encoded=encode(replace(program, lane=4)))

@@ -8,12 +8,14 @@ from torch import Tensor, nn
 
 from nascompile.kernels.plan.program import Phase
 from nascompile.kernels.plan.steps import (
+    MASKS,
     NONE,
     Activation,
     Combine,
     Load,
     Map,
     Mask,
+    Pick,
     Reduce,
     Stage,
     Store,
@@ -29,13 +31,20 @@ ACTIVATIONS = {
     Activation.none: lambda x: x,
     Activation.relu: torch.relu,
     Activation.relu6: nn.functional.relu6,
+    Activation.hardswish: nn.functional.hardswish,
+    Activation.hardsigmoid: nn.functional.hardsigmoid,
+    Activation.silu: nn.functional.silu,
+    Activation.sigmoid: torch.sigmoid,
+    Activation.gelu: nn.functional.gelu,
+    Activation.leaky_relu: nn.functional.leaky_relu,
+    Activation.elu: nn.functional.elu,
 }
 BATCHES = ((1, 1), (5, 2), (1, 3))
 """Images and chunks: more and fewer images than chunks."""
 
 
 def derivative(activation: Activation, value: Tensor) -> Tensor:
-    """One where the activation passes a gradient on, else zero."""
+    """The activation's slope."""
     value = value.double().requires_grad_()
     return torch.autograd.grad(ACTIVATIONS[activation](value).sum(), value)[0]
 
@@ -103,7 +112,7 @@ def test_stage_without_vectors_copies():
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 4, 9, 150])
-@pytest.mark.parametrize("activation", [Activation.none, Activation.relu6])
+@pytest.mark.parametrize("activation", [Activation.none, Activation.relu6, Activation.silu])
 @pytest.mark.parametrize("adds", [0, 1])
 @pytest.mark.parametrize(("channels", "size"), [(16, (1, 1)), (40, (5, 7)), (16, (20, 17))])
 def test_combine(count, activation, adds, channels, size):
@@ -193,7 +202,7 @@ def test_unstage(size, adds, activation):
     same(sums[channels:], (passed * memory.view(source)).sum((0, 2, 3)), 1e-5)
 
 
-@pytest.mark.parametrize("activation", Activation)
+@pytest.mark.parametrize("activation", sorted(MASKS))
 @pytest.mark.parametrize("size", SIZES)
 def test_mask(size, activation):
     memory = Memory(images=3, chunks=2)
@@ -202,6 +211,55 @@ def test_mask(size, activation):
     before = memory.view(gradient).clone()
     memory.run_steps(Mask(gradient, value, activation))
     same(memory.view(gradient), before * derivative(activation, memory.view(value)))
+
+
+@pytest.mark.parametrize("activation", sorted(set(Activation) - MASKS - {Activation.none}))
+def test_activations_at_the_ends(activation):
+    """Far out, at the corners, at infinity and at nan: as torch in fp32, and its slope too."""
+    memory = Memory(images=1, chunks=1)
+    source, target, back = (memory.map(16, (4, 4)) for _ in range(3))
+    gradient = memory.filled(16, (4, 4))
+    values = torch.tensor([9, 9, 0.0, 3, -3, -6, 1e-6, -1e-6, 20, -20, 87.5, -87.5, 200, -200, 1e30, -1e30])
+    memory.view(source).copy_(values[:, None, None].expand(16, 4, 4))
+    memory.view(source)[0, 0] = torch.nan
+    memory.view(source)[0, 1] = torch.inf
+    memory.run_steps(
+        Stage(source, NONE, NONE, activation, target),
+        Unstage(gradient, source, NONE, NONE, activation, back, 0, NONE),
+    )
+    x = memory.view(source)
+    expected, slope = ACTIVATIONS[activation](x.double()), derivative(activation, x)
+    found, handed = memory.view(target).double(), memory.view(back).double()
+    torch.testing.assert_close(found, expected, rtol=2e-6, atol=3e-7, equal_nan=True)
+    inside = torch.isfinite(x) & (x.abs() < 1e4)
+    wanted = memory.view(gradient).double() * slope
+    torch.testing.assert_close(handed[inside], wanted[inside], rtol=2e-6, atol=1e-6)
+    clips = activation in (Activation.hardsigmoid, Activation.leaky_relu)
+    assert handed[0, 0].isnan().all() == (not clips)
+
+
+def test_pick_repeats_and_sums_channels():
+    memory = Memory(images=2)
+    one, many, sums = (memory.filled(channels, (3, 5), pixel=48) for channels in (16, 40, 16))
+    before, read = memory.view(sums).double(), memory.view(one)[:, 2:3].clone()
+    memory.run_steps(Pick(one, many, 2, 0, 5, 1, 21, 0), Pick(many, sums, 6, 2, 3, 0, 9, 1))
+    expected = torch.zeros_like(memory.view(many))
+    expected[:, 5:26] = read
+    assert torch.equal(memory.view(many), expected)
+    before[:, 3] += 9 * read[:, 0]
+    same(memory.view(sums), before)
+
+
+@pytest.mark.parametrize("activation", [Activation.hardswish, Activation.gelu])
+def test_unstage_in_place(activation):
+    memory = Memory(images=2)
+    gradient, source = memory.filled(24, (5, 7), pixel=48), memory.filled(24, (5, 7))
+    channels = source.channels
+    scale, shift = memory.random(channels), memory.random(channels)
+    before = memory.view(gradient).double()
+    memory.run_steps(Unstage(gradient, source, scale, shift, activation, gradient, 0, NONE))
+    value = spread(memory.read(scale, channels)) * memory.view(source) + spread(memory.read(shift, channels))
+    same(memory.view(gradient), before * derivative(activation, value))
 
 
 def test_relu_passes_gradients_on_at_nan_as_torch_does():

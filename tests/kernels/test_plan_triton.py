@@ -17,6 +17,8 @@ from nascompile.kernels.plan.steps import (
     NONE,
     Activation,
     Combine,
+    Gate,
+    GateGradient,
     Load,
     Mask,
     Pick,
@@ -93,6 +95,22 @@ def test_mask():
     )
 
 
+@pytest.mark.parametrize("size", [(7, 8), (1, 1)])
+def test_gate_and_back(size):
+    memory = Memory(images=2)
+    image, other = memory.filled(32, size, pixel=48), memory.filled(32, size)
+    single, target, gradient = memory.filled(32, (1, 1)), memory.filled(32, size), memory.filled(32, (1, 1))
+    off, first, second = memory.flag(0), memory.summed(64), memory.summed(64)
+    compare_steps(
+        memory,
+        Gate(image, single, target, 0, first),
+        Gate(image, other, target, 1, second),
+        GateGradient(target, image, gradient),
+        Gate(image, single, target, 0, NONE, off),
+        GateGradient(target, image, gradient, off),
+    )
+
+
 def test_pick():
     memory = Memory(images=2)
     source, wide = memory.filled(16, (3, 5)), memory.filled(32, (3, 5), pixel=48)
@@ -102,6 +120,9 @@ def test_pick():
         pick,
         replace(pick, adds=1, first_source=0, step_source=1, first_target=16, step_target=1),
         Pick(wide, source, 4, 1, 0, 1, 5, 1),
+        # one channel for many, and many for one
+        Pick(source, wide, 2, 0, 3, 1, 14, 0),
+        Pick(wide, source, 5, 1, 7, 0, 20, 1),
         replace(pick, flag=memory.flag(0)),
     )
 
