@@ -60,32 +60,78 @@ void carry_out(const PackDepthwise& op, const Run& run) {
   });
 }
 
+// Channels of two lists at a time: what is transposed stays in the nearest cache, and both sides are gone over in order.
+constexpr int64_t kSide = 16;
+
+// visit(first, second) for blocks of at most kSide channels of one list and of the other, as segments
+template <typename Visit>
+void for_blocks(const List<Segment>& one, const List<Segment>& other, const Run& run, const Visit& visit) {
+  const auto parts = [&](const List<Segment>& list, const auto& each) {
+    for_each(list, run, [&](const Segment& segment) {
+      for (int64_t c = 0; c < segment.count; c += kSide) {
+        each(Segment{segment.logical + c, std::min(kSide, segment.count - c), segment.padded + c});
+      }
+    });
+  };
+  parts(one, [&](const Segment& first) {
+    parts(other, [&](const Segment& second) { visit(first, second); });
+  });
+}
+
+int64_t count_channels(const List<Segment>& segments, const Run& run) {
+  int64_t count = 0;
+  for_each(segments, run, [&](const Segment& segment) { count += segment.count; });
+  return count;
+}
+
+// target[tap][input][output], zero where padded
+void pack(const PackDense& op, const Run& run, const float* tensor, int64_t row, float* target) {
+  for_blocks(op.out_segments, op.in_segments, run, [&](const Segment& out, const Segment& in) {
+    for (int64_t tap = 0; tap < op.count; ++tap) {
+      float block[kSide][kSide];
+      for (int64_t o = 0; o < out.count; ++o) {
+        const float* from = tensor + (out.logical + o) * row + in.logical * op.count + tap;
+        for (int64_t i = 0; i < in.count; ++i) {
+          block[i][o] = from[i * op.count];
+        }
+      }
+      for (int64_t i = 0; i < in.count; ++i) {
+        float* to = target + (tap * op.in_channels + in.padded + i) * op.out_channels + out.padded;
+        std::copy_n(block[i], out.count, to);
+      }
+    }
+  });
+}
+
+// transposed[tap][output][input], zero where padded
+void pack_transposed(const PackDense& op, const Run& run, const float* tensor, int64_t row, float* transposed) {
+  for_channels(op.out_segments, run, [&](int64_t from, int64_t to) {
+    for_each(op.in_segments, run, [&](const Segment& in) {
+      for (int64_t tap = 0; tap < op.count; ++tap) {
+        const float* source = tensor + from * row + in.logical * op.count + tap;
+        float* target = transposed + (tap * op.out_channels + to) * op.in_channels + in.padded;
+        for (int64_t i = 0; i < in.count; ++i) {
+          target[i] = source[i * op.count];
+        }
+      }
+    });
+  });
+}
+
 void carry_out(const PackDense& op, const Run& run) {
   const float* tensor = run.tensor(op.tensor);
   const int64_t row = run.rows[op.tensor];
   const int64_t size = op.count * op.in_channels * op.out_channels;
+  const int64_t written =
+      op.count * count_channels(op.in_segments, run) * count_channels(op.out_segments, run);
+  const auto begin = [&](float* target) { std::fill_n(target, written < size ? size : 0, 0.0f); };
   if (float* target = run.vector(op.target)) {
-    std::fill_n(target, size, 0.0f);
-    // an output channel's weights are read a few at a time: their cache lines stay until all are read
-    for_channels(op.in_segments, run, [&](int64_t from, int64_t to) {
-      for (int64_t tap = 0; tap < op.count; ++tap) {
-        float* out = target + (tap * op.in_channels + to) * op.out_channels;
-        for_channels(op.out_segments, run, [&](int64_t o, int64_t padded) {
-          out[padded] = tensor[o * row + from * op.count + tap];
-        });
-      }
-    });
+    begin(target);
+    pack(op, run, tensor, row, target);
   }
   if (float* transposed = run.vector(op.transposed)) {
-    std::fill_n(transposed, size, 0.0f);
-    for_channels(op.out_segments, run, [&](int64_t from, int64_t to) {
-      for (int64_t tap = 0; tap < op.count; ++tap) {
-        float* out = transposed + (tap * op.out_channels + to) * op.in_channels;
-        for_channels(op.in_segments, run, [&](int64_t i, int64_t padded) {
-          out[padded] = tensor[from * row + i * op.count + tap];
-        });
-      }
-    });
+    begin(transposed);
+    pack_transposed(op, run, tensor, row, transposed);
   }
 }
 
@@ -98,15 +144,48 @@ void carry_out(const UnpackDepthwise& op, const Run& run) {
   });
 }
 
+// target[k] = the sum of the chunks' gradients from `source` on
+void sum_gradients(const Run& run, int64_t source, int64_t count, float* target) {
+  const int64_t chunks = run.header().chunks;
+  if (chunks == 1) {
+    std::copy_n(run.gradients(0) + source, count, target);
+    return;
+  }
+  for (int64_t first = 0; first < count; first += kSide) {
+    double sums[kSide] = {};
+    const int64_t most = std::min(kSide, count - first);
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const float* gradients = run.gradients(chunk) + source + first;
+      for (int64_t k = 0; k < most; ++k) {
+        sums[k] += gradients[k];
+      }
+    }
+    for (int64_t k = 0; k < most; ++k) {
+      target[first + k] = static_cast<float>(sums[k]);
+    }
+  }
+}
+
 void carry_out(const UnpackDense& op, const Run& run) {
   float* tensor = run.tensor(op.tensor);
   const int64_t row = run.rows[op.tensor];
-  for_channels(op.in_segments, run, [&](int64_t i, int64_t from) {
-    for (int64_t tap = 0; tap < op.count; ++tap) {
-      const int64_t source = op.source + (tap * op.in_channels + from) * op.out_channels;
-      for_channels(op.out_segments, run, [&](int64_t o, int64_t padded) {
-        tensor[o * row + i * op.count + tap] = gradient_of(run, source + padded);
-      });
+  // sums of a few input channels, in the order in which the chunks' gradients lie in memory
+  std::vector<float> panel(kSide * op.out_channels);
+  for_each(op.in_segments, run, [&](const Segment& segment) {
+    for (int64_t first = 0; first < segment.count; first += kSide) {
+      const int64_t count = std::min(kSide, segment.count - first);
+      for (int64_t tap = 0; tap < op.count; ++tap) {
+        for (int64_t i = 0; i < count; ++i) {
+          const int64_t at = (tap * op.in_channels + segment.padded + first + i) * op.out_channels;
+          sum_gradients(run, op.source + at, op.out_channels, panel.data() + i * op.out_channels);
+        }
+        for_channels(op.out_segments, run, [&](int64_t o, int64_t padded) {
+          float* to = tensor + o * row + (segment.logical + first) * op.count + tap;
+          for (int64_t i = 0; i < count; ++i) {
+            to[i * op.count] = panel[i * op.out_channels + padded];
+          }
+        });
+      }
     }
   });
 }

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nascompile.compiler.decision import Selection
-from nascompile.compiler.mutables import forced_mutator
 from nascompile.compiler.region.copies import Copies, DenseTensors, running_of
-from nascompile.compiler.region.decisions import Decided, Decisions
+from nascompile.compiler.region.decisions import Decisions
+from nascompile.compiler.region.differentiable import differentiable
 from nascompile.compiler.region.executors import NATIVE, Executor
 from nascompile.compiler.region.flags import (
     NEVER,
@@ -355,7 +354,7 @@ class RunPlan(torch.autograd.Function):
         vectors, tensors, parameters = _parts(ctx, args)
         execution, chosen = ctx.execution, ctx.decisions.chosen
         if torch.is_grad_enabled():
-            return (None, None, None, *_differentiable(ctx, vectors, tensors, parameters, grads))
+            return (None, None, None, *differentiable(ctx, vectors, tensors, parameters, grads))
         known = _known(execution, chosen, vectors, tensors, parameters)
         if ctx.lease.slab is None:
             # the first backward has used the memory up
@@ -407,54 +406,3 @@ def _is_asked_for(parameter: Tensor) -> bool:
     except RuntimeError:
         # torch answers so for a leaf that autograd.grad was asked for
         return True
-
-
-def _differentiable(
-    ctx: Any,
-    vectors: Sequence[Tensor],
-    tensors: Sequence[Tensor],
-    parameters: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
-) -> list[Any]:
-    """The gradients as functions of everything, for `create_graph=True`: by autograd, through the region op
-    by op."""
-    execution = ctx.execution
-    selections = dict(ctx.decisions.selections)
-    for (key, is_mean), vector in zip(ctx.decisions.vectors, vectors, strict=True):
-        selection = selections[key]
-        # of two vectors one is enough: autograd adds up what both lead to
-        if selection.weights is not None and not (is_mean and (key, False) in ctx.decisions.vectors):
-            # a mean divides by the number chosen once more
-            factor = len(selection.indices) if is_mean else 1
-            selections[key] = Selection(selection.indices, vector * factor)
-    # copies of the running statistics, for the step has updated them already
-    kept = [(ref, ref.value) for ref in execution.buffers]
-    try:
-        for ref, tensor in kept:
-            ref.module._buffers[ref.name] = tensor.clone()
-        with forced_mutator(Decided(selections)):
-            outputs = ctx.fallback(*tensors)
-    finally:
-        for ref, tensor in kept:
-            ref.module._buffers[ref.name] = tensor
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    pairs = [
-        (out, grad)
-        for out, grad in zip(outputs, grads, strict=True)
-        # what is chosen may lead to nothing that wants a gradient
-        if grad is not None and out.requires_grad
-    ]
-    inputs = [*vectors, *tensors, *parameters]
-    wanted = [tensor for tensor in inputs if tensor.requires_grad]
-    if not pairs:
-        return [None] * len(inputs)
-    found = iter(
-        torch.autograd.grad(
-            [out for out, _ in pairs],
-            wanted,
-            [grad for _, grad in pairs],
-            create_graph=True,
-            allow_unused=True,
-        )
-    )
-    return [next(found) if tensor.requires_grad else None for tensor in inputs]

@@ -21,30 +21,29 @@ constexpr int kParts = 4;
 // target (+)= constant + sum of kCount terms, over a rectangle of pixels.
 template <int kCount>
 void sum_parts(const Part* parts, const float* constant, bool adds, const Rectangle& all, int64_t channels) {
-  // few enough pixels at a time that every channel of theirs stays in the cache
-  constexpr int64_t kColumns = 16;
+  // pixel after pixel: what comes from memory is read in its order there
   for (int64_t row = 0; row < all.rows; ++row) {
-    for (int64_t first = 0; first < all.columns; first += kColumns) {
-      const int64_t last = std::min(first + kColumns, all.columns);
+    const float* maps[kCount + 1];
+    for (int k = 0; k < kCount; ++k) {
+      maps[k] = parts[k].map + row * parts[k].row;
+    }
+    float* target = all.target + row * all.target_row;
+    for (int64_t column = 0; column < all.columns; ++column) {
       for (int64_t channel = 0; channel < channels; channel += kLane) {
-        const Vec begin = constant == nullptr ? Vec(0.0f) : Vec::loadu(constant + channel);
-        const float* maps[kCount + 1];
-        Vec coefficients[kCount + 1];
+        Vec sum = constant == nullptr ? Vec(0.0f) : Vec::loadu(constant + channel);
+        if (adds) {
+          sum = sum + Vec::loadu(target + channel);
+        }
         for (int k = 0; k < kCount; ++k) {
-          maps[k] = parts[k].map + row * parts[k].row + first * parts[k].pixel + channel;
-          coefficients[k] = parts[k].coefficient == nullptr ? Vec(1.0f) : Vec::loadu(parts[k].coefficient + channel);
+          const Vec factor = parts[k].coefficient == nullptr ? Vec(1.0f) : Vec::loadu(parts[k].coefficient + channel);
+          sum = at::vec::fmadd(factor, Vec::loadu(maps[k] + channel), sum);
         }
-        float* target = all.target + row * all.target_row + first * all.target_pixel + channel;
-        for (int64_t column = first; column < last; ++column) {
-          Vec sum = adds ? begin + Vec::loadu(target) : begin;
-          for (int k = 0; k < kCount; ++k) {
-            sum = at::vec::fmadd(coefficients[k], Vec::loadu(maps[k]), sum);
-            maps[k] += parts[k].pixel;
-          }
-          sum.store(target);
-          target += all.target_pixel;
-        }
+        sum.store(target + channel);
       }
+      for (int k = 0; k < kCount; ++k) {
+        maps[k] += parts[k].pixel;
+      }
+      target += all.target_pixel;
     }
   }
 }

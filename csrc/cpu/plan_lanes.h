@@ -143,14 +143,14 @@ inline bool is_flat(const plan::Map& map) {
   return map.row == map.width * map.pixel || map.height == 1;
 }
 
-// visit(tile) for tiles of at most kTileFloats of a map; `flat` where all maps gone over are.
+// visit(tile) for tiles of at most `most` floats of a map; `flat` where all maps gone over are.
 template <typename Visit>
-void for_tiles(const plan::Map& map, bool flat, const Visit& visit) {
+void for_tiles(const plan::Map& map, bool flat, const Visit& visit, int64_t most = kTileFloats) {
   const int64_t height = flat ? 1 : map.height;
   const int64_t width = flat ? map.height * map.width : map.width;
   for (int64_t begin = 0; begin < map.channels; begin += kTileFloats / 2) {
     const int64_t end = std::min(begin + kTileFloats / 2, map.channels);
-    const int64_t pixels = std::min(std::max<int64_t>(kTileFloats / (end - begin), 1), kSumPixels);
+    const int64_t pixels = std::min(std::max<int64_t>(most / (end - begin), 1), kSumPixels);
     const int64_t columns = std::min(pixels, width);
     const int64_t rows = std::max<int64_t>(pixels / width, 1);
     for (int64_t y = 0; y < height; y += rows) {
@@ -159,6 +159,24 @@ void for_tiles(const plan::Map& map, bool flat, const Visit& visit) {
       }
     }
   }
+}
+
+// visit(y, x) for the pixels of a tile.
+template <typename Visit>
+void for_pixels(const Tile& tile, const Visit& visit) {
+  for (int64_t y = 0; y < tile.rows; ++y) {
+    for (int64_t x = 0; x < tile.width; ++x) {
+      visit(y, x);
+    }
+  }
+}
+
+// for_tiles for steps that go over the pixels in turn, all channels of each: maps that lie in memory, and not in a cache,
+// are read in their order there. Of narrow maps every channel's numbers stay in registers instead.
+constexpr int64_t kInTurn = kTileFloats / 2 * kSumPixels;
+
+inline bool is_in_turn(const plan::Map& map) {
+  return map.channels > kLine;
 }
 
 // Where a map, or a buffer that is gone over with maps, lies for one image.
@@ -171,6 +189,9 @@ struct View {
   View(const plan::Map& map, const plan::Image& image) : View(image.at(map), map.row, map.pixel) {}
   float* at(const Tile& tile) const {
     return data + tile.y * row + tile.x * pixel;
+  }
+  float* at(const Tile& tile, int64_t y, int64_t x) const {
+    return at(tile) + y * row + x * pixel;
   }
 };
 

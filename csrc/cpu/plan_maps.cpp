@@ -310,6 +310,20 @@ void plan_stage(const plan::Stage& step, const plan::Image& image) {
   const View target(step.target, image);
   const bool flat = is_flat(step.source) && is_flat(step.target);
   switch_activation(step.activation, [&](auto activation) {
+    if (is_in_turn(step.source)) {
+      const auto visit = [&](const Tile& tile) {
+        for_pixels(tile, [&](int64_t y, int64_t x) {
+          const float* const in = source.at(tile, y, x);
+          float* const out = target.at(tile, y, x);
+          for_channels(tile.begin, tile.end, [&](int64_t channel, auto n) {
+            const Channels<n> factor(scale, channel, 1.0f);
+            const Channels<n> offset(shift, channel, 0.0f);
+            activate<activation>(multiply_add(factor, Channels<n>(in + channel), offset)).store(out + channel);
+          });
+        });
+      };
+      return for_tiles(step.source, flat, visit, kInTurn);
+    }
     for_tiles(step.source, flat, [&](const Tile& tile) {
       for_channels(tile.begin, tile.end, [&](int64_t channel, auto n) {
         const Channels<n> factor(scale, channel, 1.0f);
@@ -412,51 +426,107 @@ void plan_reduce(const plan::Reduce& step, const plan::Image& image) {
   });
 }
 
-void plan_unstage(const plan::Unstage& step, const plan::Image& image) {
-  const float* scale = vector(step.scale, image);
-  const float* shift = vector(step.shift, image);
-  const View gradient(step.gradient, image);
-  const View source(step.source, image);
-  const View target(step.target, image);
-  const bool flat = is_flat(step.gradient) && is_flat(step.source) && is_flat(step.target);
-  double* moments = step.moments < 0 ? nullptr : image.sums + step.moments;
-  // what has moments waits for those of the whole batch before anyone reads it
-  const bool streams = image.streams && moments != nullptr && step.target.space == plan::kSlab;
-  switch_activation(step.activation, [&](auto activation) {
-    for_tiles(step.source, flat, [&](const Tile& tile) {
+namespace {
+
+// What is the same for all channels of an Unstage.
+struct Unstaging {
+  const plan::Unstage& step;
+  const float* scale;
+  const float* shift;
+  View gradient, source, target;
+  bool streams;
+
+  // One pixel's channels: adds the gradient that is passed on to `total`, times the source to `products`.
+  template <int64_t A, int N>
+  NASCOMPILE_INLINE void pass(
+      const float* in, const float* value, float* out, const Channels<N>& factor, const Channels<N>& offset,
+      Channels<N>& total, Channels<N>& products) const {
+    const Channels<N> read(value);
+    Channels<N> passed = hand_back<A>(Channels<N>(in), multiply_add(factor, read, offset));
+    total = add(total, passed);
+    products = multiply_add(passed, read, products);
+    if (step.adds) {
+      passed = add(passed, Channels<N>(out));
+    }
+    if (streams) {
+      passed.stream(out);
+    } else {
+      passed.store(out);
+    }
+  }
+
+  // A tile pixel after pixel: the sums of all channels wait in memory.
+  template <int64_t A>
+  void in_turn(const Tile& tile, double* moments) const {
+    alignas(64) float totals[kTileFloats / 2];
+    alignas(64) float products[kTileFloats / 2];
+    std::fill_n(totals, tile.end - tile.begin, 0.0f);
+    std::fill_n(products, tile.end - tile.begin, 0.0f);
+    for_pixels(tile, [&](int64_t y, int64_t x) {
+      const float* const in = gradient.at(tile, y, x);
+      const float* const value = source.at(tile, y, x);
+      float* const out = target.at(tile, y, x);
       for_channels(tile.begin, tile.end, [&](int64_t channel, auto n) {
+        const int64_t at = channel - tile.begin;
+        Channels<n> total(totals + at);
+        Channels<n> product(products + at);
         const Channels<n> factor(scale, channel, 1.0f);
         const Channels<n> offset(shift, channel, 0.0f);
-        Channels<n> total;
-        Channels<n> products;
-        for (int64_t y = 0; y < tile.rows; ++y) {
-          const float* in = gradient.at(tile) + y * gradient.row + channel;
-          const float* value = source.at(tile) + y * source.row + channel;
-          float* out = target.at(tile) + y * target.row + channel;
-          for (int64_t x = 0; x < tile.width; ++x) {
-            const Channels<n> read(value);
-            Channels<n> passed = hand_back<activation>(Channels<n>(in), multiply_add(factor, read, offset));
-            total = add(total, passed);
-            products = multiply_add(passed, read, products);
-            if (step.adds) {
-              passed = add(passed, Channels<n>(out));
-            }
-            if (streams) {
-              passed.stream(out);
-            } else {
-              passed.store(out);
-            }
-            in += gradient.pixel;
-            value += source.pixel;
-            out += target.pixel;
-          }
-        }
-        if (moments != nullptr) {
-          add_to(moments + channel, total);
-          add_to(moments + step.source.channels + channel, products);
-        }
+        pass<A>(in + channel, value + channel, out + channel, factor, offset, total, product);
+        total.store(totals + at);
+        product.store(products + at);
       });
     });
+    if (moments != nullptr) {
+      for_channels(tile.begin, tile.end, [&](int64_t channel, auto n) {
+        add_to(moments + channel, Channels<n>(totals + channel - tile.begin));
+        add_to(moments + step.source.channels + channel, Channels<n>(products + channel - tile.begin));
+      });
+    }
+  }
+
+  // A tile channel after channel: their numbers stay in registers.
+  template <int64_t A>
+  void by_channel(const Tile& tile, double* moments) const {
+    for_channels(tile.begin, tile.end, [&](int64_t channel, auto n) {
+      const Channels<n> factor(scale, channel, 1.0f);
+      const Channels<n> offset(shift, channel, 0.0f);
+      Channels<n> total;
+      Channels<n> products;
+      for_pixels(tile, [&](int64_t y, int64_t x) {
+        const float* const in = gradient.at(tile, y, x) + channel;
+        const float* const value = source.at(tile, y, x) + channel;
+        pass<A>(in, value, target.at(tile, y, x) + channel, factor, offset, total, products);
+      });
+      if (moments != nullptr) {
+        add_to(moments + channel, total);
+        add_to(moments + step.source.channels + channel, products);
+      }
+    });
+  }
+};
+
+}  // namespace
+
+void plan_unstage(const plan::Unstage& step, const plan::Image& image) {
+  double* moments = step.moments < 0 ? nullptr : image.sums + step.moments;
+  const Unstaging unstaging{
+      step,
+      vector(step.scale, image),
+      vector(step.shift, image),
+      View(step.gradient, image),
+      View(step.source, image),
+      View(step.target, image),
+      // what has moments waits for those of the whole batch before anyone reads it
+      image.streams && moments != nullptr && step.target.space == plan::kSlab};
+  const bool flat = is_flat(step.gradient) && is_flat(step.source) && is_flat(step.target);
+  switch_activation(step.activation, [&](auto activation) {
+    if (is_in_turn(step.source)) {
+      for_tiles(
+          step.source, flat, [&](const Tile& tile) { unstaging.in_turn<activation>(tile, moments); }, kInTurn);
+    } else {
+      for_tiles(step.source, flat, [&](const Tile& tile) { unstaging.by_channel<activation>(tile, moments); });
+    }
   });
 }
 

@@ -157,6 +157,25 @@ def test_one_decision_for_a_mean_and_a_sum(weights: list[float]) -> None:
     assert_same(*compared(MixedReductions, {"shared": weights}))
 
 
+def test_second_derivatives_of_a_decision_for_a_mean_and_a_sum() -> None:
+    results = []
+    for compile_it in (True, False):
+        torch.manual_seed(0)
+        model = MixedReductions().double()
+        weights = torch.tensor([0.5, 0.25], dtype=torch.float64, requires_grad=True)
+        Decided(model).decide({"shared": weights})
+        wanted = [weights, *model.parameters()]
+        with fp64_plans():
+            compiled = nascompile.compile(model) if compile_it else model
+            loss = compiled(torch.randn(2, 8, 5, 4, dtype=torch.float64)).sin().sum()
+            first = torch.autograd.grad(loss, wanted, create_graph=True)
+            second = torch.autograd.grad(torch.stack([g.square().sum() for g in first]).sum(), wanted)
+        results.append((first, second))
+        if isinstance(compiled, nascompile.CompiledModel):
+            assert compiled.entries[0].regions[0].plans
+    assert_same(*results)
+
+
 class TwoRegions(nn.Module):
     """The decision of the second region may leave out what the first one computes."""
 

@@ -1,0 +1,64 @@
+"""The gradients of a region as functions of everything, for a backward pass that is itself differentiated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nascompile.compiler.decision import Selection
+from nascompile.compiler.mutables import forced_mutator
+from nascompile.compiler.region.decisions import Decided
+
+
+def differentiable(
+    ctx: Any,
+    vectors: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+) -> list[Any]:
+    """The gradients as functions of everything, for `create_graph=True`: by autograd, through the region op
+    by op."""
+    execution = ctx.execution
+    selections = dict(ctx.decisions.selections)
+    for (key, is_mean), vector in zip(ctx.decisions.vectors, vectors, strict=True):
+        selection = selections[key]
+        if selection.weights is not None:
+            # of two vectors of one key the last is enough, for both are made of the same weights; a mean
+            # divides by the number chosen once more
+            factor = len(selection.indices) if is_mean else 1
+            selections[key] = Selection(selection.indices, vector * factor)
+    # copies of the running statistics, for the step has updated them already
+    kept = [(ref, ref.value) for ref in execution.buffers]
+    try:
+        for ref, tensor in kept:
+            ref.module._buffers[ref.name] = tensor.clone()
+        with forced_mutator(Decided(selections)):
+            outputs = ctx.fallback(*tensors)
+    finally:
+        for ref, tensor in kept:
+            ref.module._buffers[ref.name] = tensor
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    pairs = [
+        (out, grad)
+        for out, grad in zip(outputs, grads, strict=True)
+        # what is chosen may lead to nothing that wants a gradient
+        if grad is not None and out.requires_grad
+    ]
+    inputs = [*vectors, *tensors, *parameters]
+    wanted = [tensor for tensor in inputs if tensor.requires_grad]
+    if not pairs:
+        return [None] * len(inputs)
+    found = iter(
+        torch.autograd.grad(
+            [out for out, _ in pairs],
+            wanted,
+            [grad for _, grad in pairs],
+            create_graph=True,
+            allow_unused=True,
+        )
+    )
+    return [next(found) if tensor.requires_grad else None for tensor in inputs]
