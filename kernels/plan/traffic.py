@@ -12,6 +12,8 @@ from nascompile.kernels.plan.steps import (
     Combine,
     Convolve,
     ConvolveBackward,
+    Gate,
+    GateGradient,
     Load,
     Map,
     Mask,
@@ -80,6 +82,12 @@ def _launches(step: Any) -> list[tuple[str, int, int]]:
         return [("mask", 3 * _size(step.gradient), 0)]
     if isinstance(step, Pick):
         return [("pick", _size(step.source) + (1 + step.adds) * _size(step.target), 0)]
+    if isinstance(step, Gate):
+        size = _size(step.target)
+        return [("gate", (2 + step.adds) * size + _size(step.gate), size)]
+    if isinstance(step, GateGradient):
+        size = _size(step.image)
+        return [("gate_gradient", 2 * size + 2 * _size(step.target), 2 * size)]
     if isinstance(step, Pool):
         return [("pool", _size(step.x) + _size(step.y), 0)]
     if isinstance(step, PoolBackward):
