@@ -237,7 +237,7 @@ NASCOMPILE_INLINE void square_blocks(const Rectangle& all, const Visit& visit) {
 
 // The same for all blocks, with the weights of all kSize rows in registers. Of a 5x5 kernel they leave too few for pixels.
 template <int kSize, int kStride, int kDilation, bool kAdds>
-inline void square_depthwise(const Rectangle& all, int64_t unit, const Rows& rows) {
+NASCOMPILE_APART void square_depthwise(const Rectangle& all, int64_t unit, const Rows& rows) {
   int64_t offsets[kSize];
   Vec weights[kSize * kSize];
 #pragma GCC unroll 5
@@ -342,7 +342,7 @@ NASCOMPILE_INLINE void depthwise_gradient_block(
 
 // The same for all blocks, with the sums of all kSize rows in registers.
 template <int kSize, int kStride, int kDilation>
-inline void square_gradient(const Rectangle& all, int64_t unit, Rows& rows) {
+NASCOMPILE_APART void square_gradient(const Rectangle& all, int64_t unit, Rows& rows) {
   int64_t offsets[kSize];
   Vec sums[kSize * kSize];
 #pragma GCC unroll 5

@@ -159,7 +159,7 @@ NASCOMPILE_INLINE void dense_block(
 }
 
 template <int kPixels, int kVecs, typename Weights>
-inline void dense_channels(
+NASCOMPILE_APART void dense_channels(
     const Dense& call, const Weights& weights, const Rectangle& all, int64_t channel, const Moments& moments) {
   const bool is_flat =
       all.source_row == all.columns * all.source_pixel && all.target_row == all.columns * all.target_pixel;
@@ -201,7 +201,7 @@ inline void dense(const Dense& call, const Rectangle& all, const Moments& moment
 // gradient[i, o] += sum over pixels of source[i] * target[o], for kRows channels i and kVecs vectors of channels o;
 // here both maps are read.
 template <int kRows, int kVecs>
-inline void dense_gradient_block(const Rectangle& all, int64_t out, float* gradient) {
+NASCOMPILE_APART void dense_gradient_block(const Rectangle& all, int64_t out, float* gradient) {
   Vec sums[kRows][kVecs];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
