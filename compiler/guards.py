@@ -145,6 +145,38 @@ class Entries:
         """Whether all are; a missing entry counts as None."""
         return all(map(operator.is_, map(dict.get, self._dicts, self._names), self._values))
 
+    def are_other(self) -> bool:
+        """Whether none is."""
+        return all(map(operator.is_not, map(dict.get, self._dicts, self._names), self._values))
+
+
+class Settings:
+    """That modules have the settings, hooks and parameters that they had; `names` gives the attributes of
+    each."""
+
+    def __init__(self, modules: Iterable[nn.Module], names: Callable[[nn.Module], Iterable[str]]) -> None:
+        leaves = [(module, module.__dict__, names(module)) for module in modules]
+        plain = [(held, name, held[name]) for _, held, known in leaves for name in known if name in held]
+        self._plain = plain
+        self._same = Entries(plain)
+        self._modules = [held for _, held, _ in leaves]
+        self._parameters = [
+            (module._parameters, name, value is None)
+            for module, _, _ in leaves
+            for name, value in module._parameters.items()
+        ]
+        self._absent = Entries((held, name, None) for held, name, is_none in self._parameters if is_none)
+        self._present = Entries((held, name, None) for held, name, is_none in self._parameters if not is_none)
+        self._own_forward = Entries((held, "forward", None) for held in self._modules)
+
+    def hold(self) -> bool:
+        """Whether nothing has changed."""
+        if not self._same.are_same() and any(held.get(name) != value for held, name, value in self._plain):
+            return False
+        if any(map(any, map(_HOOKS_OF, self._modules))) or not self._own_forward.are_same():
+            return False
+        return self._absent.are_same() and self._present.are_other()
+
 
 class _Fast:
     """The checks of Guards, made ready: most models change nothing between two calls."""

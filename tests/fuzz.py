@@ -2,8 +2,8 @@
 differ.
 
 In fp64 by the reference executor, up to the order of sums; in fp32 by the native one, where the worst error
-may be twice that of plain torch, with some rounding errors more (tests/numerics.py, fuzz_training.py). Exit
-status 1 when something differs.
+may be four times that of plain torch, with some rounding errors more (tests/numerics.py, fuzz_training.py).
+Exit status 1 when something differs.
 """
 
 from __future__ import annotations
@@ -121,7 +121,8 @@ def _worst(actual: list[Any], exact: list[Any], references: list[list[Any]]) -> 
         for group in right:
             size = max(_size(right[group]), least if group in GRADIENTS else 0.0)
             others = (_difference(other[number][group], right[group]) for other in references)
-            allowed = numerics.FACTOR * max(numerics.FLOORS[torch.float32], *(d / size for d in others))
+            # twice the factor of one kernel: a model is many, and every step hands its rounding on
+            allowed = 2 * numerics.FACTOR * max(numerics.FLOORS[torch.float32], *(d / size for d in others))
             error = _difference(one[group], right[group]) / size
             if not error / allowed <= worst.ratio:
                 text = f"fp32, step {number}, {group}: {error:.2g} > {allowed:.2g}"

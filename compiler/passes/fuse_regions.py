@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from nascompile.compiler.candidates import Candidate
 from nascompile.compiler.codegen import as_function, graph_module
-from nascompile.compiler.guards import HOOKS, Guards
+from nascompile.compiler.guards import Guards, Settings
 from nascompile.compiler.inplace import base_of, changed_values
 from nascompile.compiler.lower import LoweredChoice, LoweredLayerChoice
 from nascompile.compiler.passes.fuse_weighted_sums import fuse_weighted_sums
@@ -213,33 +213,7 @@ def _guard(
                     leaves[leaf] = None
                     if path and leaf in places:
                         guards.placed(leaf, places[leaf])
-    guards.also(functools.partial(_all_hold, [_Expected(leaf) for leaf in leaves]))
-
-
-class _Expected:
-    """The attributes of a module that its meaning depends on, and how they were."""
-
-    __slots__ = ("_attributes", "_get", "_parameters", "_present", "_values")
-
-    def __init__(self, module: nn.Module) -> None:
-        names = [name for name in settings_of(module) if name in module.__dict__]
-        self._attributes = module.__dict__
-        self._get = operator.itemgetter(*names, *HOOKS)
-        self._values = tuple(
-            dict(value) if isinstance(value, dict) else value for value in self._get(module.__dict__)
-        )
-        self._parameters = module._parameters
-        self._present = [value is None for value in module._parameters.values()]
-
-    def holds(self) -> bool:
-        """Whether nothing has changed."""
-        if "forward" in self._attributes or self._get(self._attributes) != self._values:
-            return False
-        return [value is None for value in self._parameters.values()] == self._present
-
-
-def _all_hold(expected: Sequence[_Expected]) -> bool:
-    return all(one.holds() for one in expected)
+    guards.also(Settings(leaves, settings_of).hold)
 
 
 def _sort(graph: fx.Graph) -> None:

@@ -9,7 +9,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from nascompile.compiler.region.ir import Graph, Norm, Op, TensorRef, Weight
+from nascompile.compiler.region.ir import Conv, Graph, Norm, Op, TensorRef, Weight
 from nascompile.compiler.region.types import is_computed
 
 _TYPE_OF = operator.attrgetter("dtype")
@@ -91,6 +91,27 @@ class DenseTensors:
             live = {ref for value in computed for ref in refs_of(value.op)}
             found = self._live[chosen] = [k for k, ref in enumerate(self._refs) if ref in live]
         return found
+
+
+def parameters_of(graph: Graph) -> list[TensorRef]:
+    """The parameters that a region reads, each once."""
+    found: dict[TensorRef, None] = {}
+    for value in graph.values:
+        op = value.op
+        refs = (op.weight,) if isinstance(op, Conv) else (op.gamma, op.beta) if isinstance(op, Norm) else ()
+        found.update(dict.fromkeys(ref for ref in refs if ref is not None))
+    return list(found)
+
+
+def buffers_of(graph: Graph) -> list[TensorRef]:
+    """The running statistics that a region updates, each once."""
+    found: dict[TensorRef, None] = {}
+    for value in graph.values:
+        op = value.op
+        if isinstance(op, Norm) and op.updates:
+            refs = (op.running_mean, op.running_var, op.counter)
+            found.update(dict.fromkeys(ref for ref in refs if ref is not None))
+    return list(found)
 
 
 def running_of(graph: Graph) -> list[TensorRef]:

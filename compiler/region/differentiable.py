@@ -26,9 +26,9 @@ def differentiable(
     selections = dict(ctx.decisions.selections)
     for (key, is_mean), vector in zip(ctx.decisions.vectors, vectors, strict=True):
         selection = selections[key]
-        if selection.weights is not None:
-            # of two vectors of one key the last is enough, for both are made of the same weights; a mean
-            # divides by the number chosen once more
+        # of two vectors of one key that for sums: it is the weights that the other one is made of
+        if selection.weights is not None and not (is_mean and (key, False) in ctx.decisions.vectors):
+            # a mean divides by the number chosen once more
             factor = len(selection.indices) if is_mean else 1
             selections[key] = Selection(selection.indices, vector * factor)
     # copies of the running statistics, for the step has updated them already

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nascompile.compiler.region.copies import Copies, DenseTensors, running_of
+from nascompile.compiler.region.copies import Copies, DenseTensors, buffers_of, parameters_of, running_of
 from nascompile.compiler.region.decisions import Decisions
 from nascompile.compiler.region.differentiable import differentiable
 from nascompile.compiler.region.executors import NATIVE, Executor
@@ -22,9 +21,10 @@ from nascompile.compiler.region.flags import (
     gradient_of_output,
 )
 from nascompile.compiler.region.gradients import Wanted
-from nascompile.compiler.region.ir import Conv, Graph, Norm, TensorRef, Weight
+from nascompile.compiler.region.ir import Weight
 from nascompile.compiler.region.plan import Direction, Plan
 from nascompile.compiler.region.profiling import active
+from nascompile.compiler.region.reached import GradientMemory, Reached, reached
 from nascompile.compiler.region.types import Boundaries
 from nascompile.kernels.plan.program import ALIGNMENT
 from nascompile.kernels.plan.run import run_timed
@@ -83,38 +83,6 @@ def new_memory(floats: int, executor: Executor) -> Tensor:
     return memory[skip : skip + floats]
 
 
-def parameters_of(graph: Graph) -> list[TensorRef]:
-    """The parameters that a region reads, each once."""
-    found: dict[TensorRef, None] = {}
-    for value in graph.values:
-        op = value.op
-        refs = (op.weight,) if isinstance(op, Conv) else (op.gamma, op.beta) if isinstance(op, Norm) else ()
-        found.update(dict.fromkeys(ref for ref in refs if ref is not None))
-    return list(found)
-
-
-def buffers_of(graph: Graph) -> list[TensorRef]:
-    """The running statistics that a region updates, each once."""
-    found: dict[TensorRef, None] = {}
-    for value in graph.values:
-        op = value.op
-        if isinstance(op, Norm) and op.updates:
-            refs = (op.running_mean, op.running_var, op.counter)
-            found.update(dict.fromkeys(ref for ref in refs if ref is not None))
-    return list(found)
-
-
-@dataclass(frozen=True, slots=True)
-class _Reached:
-    """What has a gradient: numbers of parameters, tensors of their sizes, their elements together; and for
-    every input whether it has."""
-
-    parameters: list[int]
-    like: list[Tensor]
-    floats: int
-    inputs: list[bool]
-
-
 class Execution:
     """A plan, and everything that is the same in all its runs.
 
@@ -144,7 +112,8 @@ class Execution:
         common = [*sources, *self.parameters, *self.buffers, *self._frozen, "decision"]
         outputs = range(len(plan.graph.outputs))
         self._forward = _places([*common, *(("output", index) for index in outputs)], plan.forward)
-        self._reached_by: dict[frozenset[Weight], _Reached] = {}
+        self._gradients = GradientMemory(**self.options)
+        self._reached_by: dict[frozenset[Weight], Reached] = {}
         if plan.backward is not None:
             asked = [("grad", ref) for ref in self.parameters] + [("grad input", i) for _, i in sources]
             names = [*common, *(("grad output", index) for index in outputs), *asked, "grad decision"]
@@ -226,43 +195,30 @@ class Execution:
             else grad.contiguous(memory_format=self.memory_format)
             for grad, value in zip(grads, self.plan.graph.outputs, strict=True)
         ]
-        reached, empty = self._reached(chosen), torch.empty(0, **self.options)
-        weights = self._weights(reached, empty)
+        wanted, empty = self._reached(chosen), torch.empty(0, **self.options)
+        weights = self._gradients.zeros(wanted, len(self.parameters), empty)
         inputs = [
             self._new_like(value.shape) if there else empty
-            for value, there in zip(self.plan.graph.sources, reached.inputs, strict=True)
+            for value, there in zip(self.plan.graph.sources, wanted.inputs, strict=True)
         ]
         decision = torch.zeros(len(self.plan.settings.slots), **self.options)
         # no step of a backward program reads the running statistics of this list
         buffers = self._dense_buffers.values()
         tensors = [*self._common(known, buffers, chosen), *dense, *weights, *inputs, decision]
         self._run(direction, self._backward, slab, chosen, tensors)
-        wants = self.wanted is not None and self.wanted.decision
+        asks = self.wanted is not None and self.wanted.decision
         found = [None if gradient is empty else gradient for gradient in (*inputs, *weights)]
-        return [decision if wants else None, *found]
+        return [decision if asks else None, *found]
 
-    def _weights(self, reached: _Reached, empty: Tensor) -> list[Tensor]:
-        """Gradients of zeros for the parameters that are reached, `empty` for the others: in one piece of
-        memory, for a thousand allocations cost more than the step's sums."""
-        flat = torch.zeros(reached.floats, **self.options)
-        pieces = torch._C._nn.unflatten_dense_tensors(flat, reached.like)  # type: ignore[attr-defined]
-        weights = [empty] * len(self.parameters)
-        for index, piece in zip(reached.parameters, pieces, strict=True):
-            weights[index] = piece
-        return weights
-
-    def _reached(self, chosen: frozenset[Weight]) -> _Reached:
+    def _reached(self, chosen: frozenset[Weight]) -> Reached:
         """What has a gradient under a decision."""
         found = self._reached_by.get(chosen)
         if found is None:
             values = self.flags(chosen)[1]
-            parameters = [k for k, ref in enumerate(self.parameters) if self.is_reached(ref, values)]
             sources = range(len(self.plan.graph.sources))
-            found = _Reached(
-                parameters,
-                # their sizes only: they have no memory
-                [torch.empty(self.shapes[k], dtype=self.executor.dtype, device="meta") for k in parameters],
-                sum(self.shapes[k].numel() for k in parameters),
+            found = reached(
+                self.shapes,
+                [self.is_reached(ref, values) for ref in self.parameters],
                 [self.is_reached(("input", index), values) for index in sources],
             )
             if len(self._reached_by) >= FLAG_LIMIT:

@@ -96,6 +96,7 @@ def test_without_a_gradient_of_the_sum_there_are_none():
     (Dropped.apply(mixed_sum(inputs, weights)) + inputs[1]).sum().backward()
     assert weights.grad is None
     assert inputs[0].grad is None
+    assert inputs[1].grad is not None
     assert_identical(inputs[1].grad, torch.ones(2, 4))
 
 

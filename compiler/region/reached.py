@@ -1,0 +1,60 @@
+"""What a backward run gives a gradient to, and the memory for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Reached:
+    """parameters: the numbers of those with a gradient; like: tensors of their sizes, without memory; floats:
+    their elements together; inputs: for every input whether it has one."""
+
+    parameters: list[int]
+    like: list[Tensor]
+    floats: int
+    inputs: list[bool]
+
+
+def reached(shapes: Sequence[torch.Size], parameters: Sequence[bool], inputs: Sequence[bool]) -> Reached:
+    """For parameters of these shapes, given which of them and of the inputs have a gradient."""
+    numbers = [k for k, there in enumerate(parameters) if there]
+    like = [torch.empty(shapes[k], device="meta") for k in numbers]
+    return Reached(numbers, like, sum(shapes[k].numel() for k in numbers), list(inputs))
+
+
+class GradientMemory:
+    """The gradients of a step in one piece of memory: a thousand allocations cost more than the step's sums.
+
+    The piece is used again as soon as nobody holds a gradient in it any more: a training loop that sets them
+    to None gets the same pages in every step, where fresh ones cost a few percent of it.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self._options = options
+        self._flat: Tensor | None = None
+
+    def zeros(self, wanted: Reached, count: int, absent: Tensor) -> list[Tensor]:
+        """Zeros for the `count` parameters that are reached, `absent` for the others."""
+        flat = self._flat
+        if flat is None or flat.numel() != wanted.floats or _is_held(flat):
+            flat = self._flat = torch.zeros(wanted.floats, **self._options)
+        else:
+            flat.zero_()
+        pieces = torch._C._nn.unflatten_dense_tensors(flat, wanted.like)  # type: ignore[attr-defined]
+        found = [absent] * count
+        for number, piece in zip(wanted.parameters, pieces, strict=True):
+            found[number] = piece
+        return found
+
+
+def _is_held(flat: Tensor) -> bool:
+    """Whether anyone else has a tensor in the memory of `flat`."""
+    storage = flat.untyped_storage()
+    # `flat` and `storage` themselves
+    return torch._C._storage_Use_Count(storage._cdata) > 2  # type: ignore[attr-defined]
