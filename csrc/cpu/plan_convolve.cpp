@@ -32,7 +32,8 @@ void plan_convolve(const plan::Convolve& step, const plan::Image& image) {
       step.depthwise_taps.count,
       image.slab + step.depthwise_weights,
       x.channels,
-      false};
+      false,
+      step.taps.count == 0 && streams(step, image)};
   const Dense mixing{
       step.taps.in(image.program), step.taps.count, image.slab + step.weights, x.channels, y.channels, false, streams(step, image)};
   const Moments none(nullptr, nullptr, 0);

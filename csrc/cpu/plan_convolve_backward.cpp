@@ -121,7 +121,7 @@ void make_dx(const plan::ConvolveBackward& step, const plan::Image& image) {
     const plan::Tap* const taps = grid.taps.in(image.program);
     if (step.depthwise_taps.count > 0) {
       const float* const weights = image.slab + step.depthwise_weights;
-      depthwise({taps, grid.taps.count, weights, step.x.channels, step.adds != 0}, all, none);
+      depthwise({taps, grid.taps.count, weights, step.x.channels, step.adds != 0, false}, all, none);
     } else {
       const float* const weights = image.slab + step.weights_transposed;
       dense({taps, grid.taps.count, weights, step.y_channels, step.x.channels, step.adds != 0, false}, all, none);
@@ -216,7 +216,7 @@ void plan_convolve_backward(const plan::ConvolveBackward& step, const plan::Imag
         between.target_row = step.y_width * x.channels;
         between.target_pixel = x.channels;
         const float* const weights = image.slab + step.depthwise_weights;
-        depthwise({depthwise_taps, step.depthwise_taps.count, weights, x.channels, false}, between, none);
+        depthwise({depthwise_taps, step.depthwise_taps.count, weights, x.channels, false, false}, between, none);
         // both lie without gaps
         const Rectangle flat{d_tile, 0, x.channels, dy_tile, 0, step.y_channels, 1, part.pixels()};
         const int64_t at = taps->weight * x.channels * step.y_channels;

@@ -73,19 +73,45 @@ inline void for_blocks(const Rectangle& all, const Visit& visit) {
   }
 }
 
-// target[c] (+)= sum over taps of weights[tap.weight, c] * source[tap.offset + c]
+// target[c] (+)= sum over taps of weights[tap.weight, c] * source[tap.offset + c]. `streams` as in Dense.
 struct Depthwise {
   const plan::Tap* taps;
   int64_t count;
   const float* weights;
   int64_t channels;
-  bool adds;
+  bool adds, streams;
+};
+
+// Where the results of one vector of channels go: to the target, and to the moments if there are any.
+struct Sink {
+  const Moments& moments;
+  int64_t channel;
+  bool has_moments, streams;
+  bool first = true;
+
+  template <int kPixels>
+  NASCOMPILE_INLINE void put(const Vec (&sums)[kPixels], float* target, int64_t target_pixel) {
+#pragma GCC unroll 8
+    for (int p = 0; p < kPixels; ++p) {
+#ifdef CPU_CAPABILITY_AVX512
+      if (streams) {
+        _mm512_stream_ps(target + p * target_pixel, sums[p]);
+        continue;
+      }
+#endif
+      sums[p].store(target + p * target_pixel);
+    }
+    if (has_moments) {
+      moments.add(sums, channel, first);
+      first = false;
+    }
+  }
 };
 
 // One vector of channels of kPixels neighbouring pixels.
 template <int kSize, int kStride, int kDilation, int kPixels>
 NASCOMPILE_INLINE void depthwise_block(
-    const Rows& rows, int64_t unit, bool adds, const float* source, float* target, int64_t target_pixel) {
+    const Rows& rows, int64_t unit, bool adds, const float* source, float* target, int64_t target_pixel, Sink& sink) {
   Vec sums[kPixels];
 #pragma GCC unroll 8
   for (int p = 0; p < kPixels; ++p) {
@@ -104,10 +130,7 @@ NASCOMPILE_INLINE void depthwise_block(
           sums[pixel] = at::vec::fmadd(weight[tap], value, sums[pixel]);
         });
   }
-#pragma GCC unroll 8
-  for (int p = 0; p < kPixels; ++p) {
-    sums[p].store(target + p * target_pixel);
-  }
+  sink.put(sums, target, target_pixel);
 }
 
 // `visit(source, target, count)` for blocks of at most kMost neighbouring pixels of all rows, in one function, so that
@@ -133,7 +156,7 @@ NASCOMPILE_INLINE void square_blocks(const Rectangle& all, const Visit& visit) {
 
 // The same for all blocks, with the weights of all kSize rows in registers. Of a 5x5 kernel they leave too few for pixels.
 template <int kSize, int kStride, int kDilation, bool kAdds>
-NASCOMPILE_APART void square_depthwise(const Rectangle& all, int64_t unit, const Rows& rows) {
+NASCOMPILE_APART void square_depthwise(const Rectangle& all, int64_t unit, const Rows& rows, Sink& sink) {
   int64_t offsets[kSize];
   Vec weights[kSize * kSize];
 #pragma GCC unroll 5
@@ -159,24 +182,21 @@ NASCOMPILE_APART void square_depthwise(const Rectangle& all, int64_t unit, const
             sums[pixel] = at::vec::fmadd(weights[row * kSize + tap], value, sums[pixel]);
           });
     }
-#pragma GCC unroll 4
-    for (int p = 0; p < kPixels; ++p) {
-      sums[p].store(target + p * target_pixel);
-    }
+    sink.put(sums, target, target_pixel);
   });
 }
 
 template <int kSize, int kStride, int kDilation>
-inline void depthwise_rows(const Rectangle& all, int64_t unit, bool adds, const Rows& rows) {
+inline void depthwise_rows(const Rectangle& all, int64_t unit, bool adds, const Rows& rows, Sink& sink) {
   if constexpr (kSize == 3) {
     if (rows.count == kSize) {
-      return adds ? square_depthwise<kSize, kStride, kDilation, true>(all, unit, rows)
-                  : square_depthwise<kSize, kStride, kDilation, false>(all, unit, rows);
+      return adds ? square_depthwise<kSize, kStride, kDilation, true>(all, unit, rows, sink)
+                  : square_depthwise<kSize, kStride, kDilation, false>(all, unit, rows, sink);
     }
   }
   for_blocks<kSize>(all, [&](const float* source, float* target, auto count) {
     depthwise_block<kSize, kStride, kDilation, decltype(count)::value>(
-        rows, unit, adds, source, target, all.target_pixel);
+        rows, unit, adds, source, target, all.target_pixel, sink);
   });
 }
 
@@ -194,14 +214,13 @@ inline void depthwise(const Depthwise& call, const Rectangle& all, const Moments
         Vec::loadu(call.weights + weight * call.channels + channel).store(vector);
       });
       const bool adds = call.adds || first > 0;
+      const bool is_last = first + rows.count == window.rows;
+      Sink sink{moments, channel, is_last && moments, is_last && call.streams};
       switch_window(window, [&](auto size, auto stride, auto dilation) {
         depthwise_rows<decltype(size)::value, decltype(stride)::value, decltype(dilation)::value>(
-            part, window.unit, adds, rows);
+            part, window.unit, adds, rows, sink);
       });
     });
-    if (moments) {
-      moments.add(part, channel, true);
-    }
     part.source += kLane;
     part.target += kLane;
   }

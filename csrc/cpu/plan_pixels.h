@@ -48,20 +48,6 @@ struct Rectangle {
   }
 };
 
-// `visit(part, first)` for rows of a rectangle few enough that all their channels stay in the nearest cache while one
-// vector of channels after another is worked on.
-template <typename Visit>
-inline void bands(const Rectangle& all, const Visit& visit) {
-  const int64_t most = std::max<int64_t>(2 * kTileFloats / (all.source_row + all.target_row), 1);
-  Rectangle part = all;
-  for (int64_t row = 0; row < all.rows; row += most) {
-    part.source = all.source + row * all.source_row;
-    part.target = all.target + row * all.target_row;
-    part.rows = std::min(most, all.rows - row);
-    visit(part, row == 0);
-  }
-}
-
 // Zero in one vector of channels of the target.
 inline void clear(const Rectangle& all) {
   for (int64_t row = 0; row < all.rows; ++row) {
@@ -156,23 +142,6 @@ class Moments {
     }
     sum.store(memory + channels_);
     square.store(memory + 2 * channels_);
-  }
-
-  // Adds one vector of channels of a rectangle's target; `first`: the tile's first rows.
-  void add(const Rectangle& all, int64_t channel, bool first) const {
-    Walk walk(all);
-    blocks<8>(all.pixels(), [&](int64_t at, auto count) {
-      constexpr int kPixels = decltype(count)::value;
-      const float* source[kPixels];
-      float* volatile target[kPixels];
-      walk.next(source, target);
-      Vec values[kPixels];
-#pragma GCC unroll 8
-      for (int p = 0; p < kPixels; ++p) {
-        values[p] = Vec::loadu(target[p]);
-      }
-      add(values, channel, first && at == 0);
-    });
   }
 
   // The end of a tile of so many pixels.
