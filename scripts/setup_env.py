@@ -244,6 +244,9 @@ def set_up_extension() -> None:
     else:
         say("installing nascompile from this checkout and building its C++ part")
     pip(python, "--no-deps", "--no-build-isolation", "--editable", ".", what="nascompile from this checkout")
+    if find_compiler() is not None and not list((ROOT / "nascompile").glob("_C*.so")):
+        say("its C++ part did not build: nascompile runs as pure Python, slower")
+        say("NASCOMPILE_BUILD_EXT=1 make setup stops there and shows why")
 
 
 def set_up_dev() -> None:

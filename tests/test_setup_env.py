@@ -161,6 +161,24 @@ def test_missing_compiler_is_said(
     assert commands[-1][-2:] == ["--editable", "."]
 
 
+def test_a_build_that_failed_is_said(
+    commands: list[list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "python").write_text(sys.executable)
+    (tmp_path / "nascompile").mkdir()
+    monkeypatch.setattr(setup_env, "ROOT", tmp_path)
+    monkeypatch.setattr(setup_env, "find_compiler", lambda: "c++")
+    setup_env.set_up_extension()
+    assert "did not build" in capsys.readouterr().out
+    (tmp_path / "nascompile" / "_C.so").touch()
+    setup_env.set_up_extension()
+    assert "did not build" not in capsys.readouterr().out
+    assert len(commands) == 2
+
+
 def test_named_compiler_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     compiler = tmp_path / "my-c++"
     compiler.write_text("#!/bin/sh\n")
