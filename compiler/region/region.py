@@ -105,7 +105,7 @@ class Region:
         return [*own, *(plan for part in parts for plan in part.plans)]
 
     def memory(self, *tensors: Tensor) -> int | None:
-        """Bytes that the plan for such tensors takes for maps and packed weights; None where there is none."""
+        """Bytes that the plan for such tensors takes for maps and packed weights; None without a plan."""
         executor = executor_for(tensors)
         decisions = executor if isinstance(executor, str) else read_decisions(self.choices, executor)
         if isinstance(executor, str) or isinstance(decisions, str):
