@@ -77,9 +77,7 @@ class Ahead:
                 self._numbers[graph.nodes[number]].append(number)
         self._notes: dict[str, str] = {}
         rest = _Rest(self._notes)
-        self._region = Region(
-            *("population", graph.modules, steps, places, outputs, {}, rest, self._notes)  # type: ignore[arg-type]
-        )
+        self._region = Region(*("population", graph.modules, steps, places, outputs, {}, rest, self._notes))
         self._outputs = outputs
         self._images: int | None = None
 
