@@ -1,4 +1,4 @@
-"""The suite of populations: `nascompile.evaluate` against lean networks run one at a time.
+"""The suite of populations: `nascompile.evaluate` against architectures run one at a time.
 
 The population is one of regularised evolution (Real et al. 2018, arXiv 1802.01548): random parents, then
 children of the best of a sample with one or two decisions changed, the oldest leaving.
@@ -16,10 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import nascompile
 from benchmarks.timing import summarise
+from nascompile.compiler.population import Population
 from nascompile.compiler.space import choices
+from nascompile.fixed import FixedArchitecture
 from nascompile.mutables import LayerChoice
 from nascompile.spaces import DartsNetwork, MBConvNetwork, ShuffleNetSpace
 
@@ -27,7 +30,8 @@ Architecture = dict[str, Any]
 # SMALL=1 in the environment: a version for trying out
 SMALL = bool(os.environ.get("SMALL"))
 MEMBERS, PARENTS, SAMPLE = (64, 16, 8) if not SMALL else (16, 6, 4)
-BATCH, BATCHES = (64, 2) if not SMALL else (16, 6)
+BATCH, BATCHES = (32, 2) if not SMALL else (16, 2)
+IMAGE = 32 if not SMALL else 16
 ROUNDS = 5 if not SMALL else 2
 
 
@@ -64,63 +68,125 @@ def evolved(model: nn.Module, numbers: random.Random) -> list[Architecture]:
     return list(pool)
 
 
+@torch.no_grad()
+def take_statistics(model: nn.Module, population: list[Architecture]) -> None:
+    """Running statistics of these architectures: with those of a new model activations fade, outputs are all
+    the same, and denormal numbers are slow."""
+    momentum = {module: module.momentum for module in model.modules() if isinstance(module, nn.BatchNorm2d)}
+    for norm in momentum:
+        norm.momentum = 0.5
+    model.train()
+    for architecture in population:
+        mutator = FixedArchitecture(model, architecture)
+        mutator.reset()
+        model(torch.randn(4, 3, IMAGE, IMAGE))
+        mutator.release()
+    model.eval()
+    for norm, before in momentum.items():
+        norm.momentum = before
+
+
 def mean(output: Tensor, target: Tensor) -> Tensor:
     """A metric that costs nothing and tells outputs apart."""
     return (output.double() * torch.sin(target.double())[:, None]).sum()
 
 
-def one_at_a_time(networks: list[nn.Module], batches: list[Any]) -> list[float]:
-    """Pruned networks, run eagerly without gradients."""
+def average(network: nn.Module, batches: list[Any]) -> float:
+    """The mean of the metric."""
+    values = [mean(network(x), y) * len(x) for x, y in batches]
+    return float(sum(values)) / sum(len(x) for x, _ in batches)
+
+
+@torch.no_grad()
+def lean(networks: list[nn.Module], batches: list[Any]) -> list[float]:
+    """Pruned networks, run eagerly."""
+    return [average(network, batches) for network in networks]
+
+
+@torch.no_grad()
+def compiled_alone(network: nn.Module, population: list[Architecture], batches: list[Any]) -> list[float]:
+    """The compiled supernet, decided for one architecture after the other."""
     found = []
-    with torch.no_grad():
-        for network in networks:
-            values = [mean(network(x), y) * len(x) for x, y in batches]
-            found.append(float(sum(values)) / sum(len(x) for x, _ in batches))
+    for architecture in population:
+        mutator = FixedArchitecture(network, architecture)
+        mutator.reset()
+        found.append(average(network, batches))
+        mutator.release()
     return found
 
 
-def rows(*, compiled: bool) -> Iterator[dict[str, Any]]:
-    """One row per space and peer; `ratio` is the lean networks' time over that of `evaluate`.
+@torch.no_grad()
+def counted(model: nn.Module, population: list[Architecture], networks: list[nn.Module]) -> float:
+    """How many times more arithmetic one at a time is: what sharing alone could gain."""
+    image = torch.randn(1, 3, IMAGE, IMAGE)
+    together = Population(model, population, exact=True)
+    list(together.outputs(image))
+    with FlopCounterMode(display=False) as shared:
+        list(together.outputs(image))
+    with FlopCounterMode(display=False) as alone:
+        for network in networks:
+            network(image)
+    return alone.get_total_flops() / shared.get_total_flops()
 
-    The time of pruning is not counted, that of tracing inside `evaluate` is. torch.compile is no peer,
-    whatever `compiled` says: compiling 64 networks takes longer than running them.
+
+def wrong(name: str, found: list[float], expected: list[float]) -> str:
+    """What is wrong with results, in words."""
+    close = torch.allclose(torch.tensor(found), torch.tensor(expected), rtol=1e-4, atol=1e-4)
+    return "" if close else f"{name}: other values than the lean networks"
+
+
+def rows(*, compiled: bool) -> Iterator[dict[str, Any]]:
+    """One row per space and peer; `ratio` is the time of the fastest other over that of `evaluate`.
+
+    The times of pruning, and of compiling the supernet, are not counted; those of tracing and planning inside
+    `evaluate` are. torch.compile is no peer, whatever `compiled` says: compiling 64 networks takes longer
+    than running them.
     """
-    for name, make in spaces().items():
-        torch.manual_seed(0)
-        model = make().eval()
-        size = 16 if SMALL else 32
-        batches = [(torch.randn(BATCH, 3, size, size), torch.arange(BATCH)) for _ in range(BATCHES)]
-        population = evolved(model, random.Random(0))
-        networks: list[nn.Module] = [nascompile.prune(model, one) for one in population]
-        calls: dict[str, Callable[[], list[float]]] = {
-            "nascompile.evaluate": lambda m=model, p=population, b=batches: nascompile.evaluate(
-                m, p, b, mean
-            ),
-            "lean networks, one at a time": lambda n=networks, b=batches: one_at_a_time(n, b),
+    for name in spaces():
+        yield from compare(name)
+
+
+def compare(name: str) -> Iterator[dict[str, Any]]:
+    """The rows of one space: correctness first, then times taken in turn."""
+    torch.manual_seed(0)
+    model = spaces()[name]()
+    population = evolved(model, random.Random(0))
+    take_statistics(model, population)
+    batches = [(torch.randn(BATCH, 3, IMAGE, IMAGE), torch.arange(BATCH)) for _ in range(BATCHES)]
+    networks: list[nn.Module] = [nascompile.prune(model, one) for one in population]
+    network = nascompile.compile(model)
+    calls: dict[str, Callable[[], list[float]]] = {
+        "nascompile.evaluate": lambda: nascompile.evaluate(model, population, batches, mean),
+        "nascompile.evaluate, exact": lambda: nascompile.evaluate(
+            model, population, batches, mean, exact=True
+        ),
+        "compiled supernet, one at a time": lambda: compiled_alone(network, population, batches),
+        "lean networks, one at a time": lambda: lean(networks, batches),
+    }
+    results = {peer: call() for peer, call in calls.items()}
+    expected = results["lean networks, one at a time"]
+    problems = {peer: wrong(peer, found, expected) for peer, found in results.items()}
+    limit = counted(model, population, networks)
+    times: dict[str, list[float]] = {peer: [] for peer in calls}
+    for _ in range(ROUNDS):
+        for peer, call in calls.items():
+            gc.collect()
+            start = time.perf_counter()
+            call()
+            times[peer].append(1e3 * (time.perf_counter() - start))
+    timings = {peer: summarise(values) for peer, values in times.items()}
+    alone = min(timing.median for peer, timing in timings.items() if peer.endswith("one at a time"))
+    for peer, timing in timings.items():
+        is_ours = peer.startswith("nascompile.evaluate")
+        yield {
+            "suite": "population",
+            "name": name,
+            "case": f"{len(population)} architectures",
+            "peer": peer,
+            "median": timing.median,
+            "p20": timing.p20,
+            "p80": timing.p80,
+            "ratio": alone / timing.median if is_ours and not problems[peer] else None,
+            "wrong": problems[peer],
+            "note": f"sharing saves {limit:.2f}x the arithmetic" if is_ours else "",
         }
-        times: dict[str, list[float]] = {peer: [] for peer in calls}
-        results: dict[str, list[float]] = {}
-        for _ in range(ROUNDS):
-            for peer, call in calls.items():
-                gc.collect()
-                start = time.perf_counter()
-                results[peer] = call()
-                times[peer].append(1e3 * (time.perf_counter() - start))
-        found, expected = results.values()
-        close = torch.allclose(torch.tensor(found), torch.tensor(expected), rtol=1e-4, atol=1e-4)
-        wrong = "" if close else f"{name}: evaluate gives other values than the lean networks"
-        timings = {peer: summarise(values) for peer, values in times.items()}
-        ours, theirs = timings.values()
-        for peer, timing in timings.items():
-            is_ours = peer.startswith("nascompile")
-            yield {
-                "suite": "population",
-                "name": name,
-                "case": f"{len(population)} architectures",
-                "peer": peer,
-                "median": timing.median,
-                "p20": timing.p20,
-                "p80": timing.p80,
-                "ratio": theirs.median / ours.median if is_ours and not wrong else None,
-                "wrong": wrong if is_ours else "",
-            }

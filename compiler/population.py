@@ -11,16 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from nascompile.compiler.ahead import Ahead, NoPlan
 from nascompile.compiler.ambient import ambient_modes, random_states, set_random_states
 from nascompile.compiler.architecture import Mask, resolve
 from nascompile.compiler.errors import ArchitectureError
 from nascompile.compiler.mutables import forced_mutator
 from nascompile.compiler.resolving import Resolver
-from nascompile.compiler.sharing import Call, Learned, Schedule, Workspace
+from nascompile.compiler.sharing import Call, Learned, Schedule, Workspace, arguments_of
 from nascompile.compiler.signature import call_shape
 from nascompile.compiler.space import unwrap
 from nascompile.compiler.templates import Apart, Forced
-from nascompile.compiler.values import key_of
+from nascompile.compiler.values import key_of, numbers_in
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,8 @@ class Population:
     in all; beyond that the one needed last is dropped and computed again. So no more than that lives beside
     what one architecture needs by itself.
 
-    `apart` says by position why an architecture is run as written and shares nothing. Raises
+    Unless `exact`, images are computed by one plan for all architectures, where it can be had; `notes` says
+    why it cannot. `apart` says by position why an architecture is run as written and shares nothing. Raises
     ArchitectureError that names all architectures that do not fit.
     """
 
@@ -46,9 +48,11 @@ class Population:
         architectures: Sequence[str | Path | Mapping[str, Any]],
         *,
         memory: int = GIB,
+        exact: bool = False,
     ) -> None:
         self.model = unwrap(model)
         self.memory = memory
+        self.exact = exact
         self.positions: dict[Any, list[int]] = {}
         self.masks: list[dict[str, Mask]] = []
         for position, masks in enumerate(_resolve_all(self.model, architectures)):
@@ -57,6 +61,7 @@ class Population:
                 self.masks.append(masks)
             found.append(position)
         self.apart: dict[int, str] = {}
+        self.notes: list[str] = []
         self._members = list(self.positions.values())
         self._calibration: list[Call] | None = None
         self._plans: dict[Any, Plan] = {}
@@ -70,10 +75,11 @@ class Population:
         not change it.
         """
         open_ = set(range(len(self.masks)))
+        call = args, kwargs
         while open_:
-            plan = self._plan((args, kwargs))
+            plan = self._plan(call)
             try:
-                for members, output in plan.run((args, kwargs), open_):
+                for members, output in plan.run(call, open_):
                     open_ -= set(members)
                     yield sorted(p for member in members for p in self._members[member]), output
             except Learned as lesson:
@@ -91,7 +97,8 @@ class Population:
         self._plans = {}
 
     def _plan(self, call: Call) -> Plan:
-        key = call_shape(*call), ambient_modes()
+        is_training = any(module.training for module in self.model.modules())
+        key = call_shape(*call), ambient_modes(), is_training
         if key not in self._plans:
             plan = Plan(self, call)
             while True:
@@ -135,6 +142,8 @@ class Plan:
         self.resolver.gives_none = population._gives_none
         self.space = Workspace(self.model, population.memory)
         self.whole: str | None = None
+        self._ahead: Ahead | None = None
+        self._known: dict[int, Any] = {}
         self.schedule = self._scheduled([])
 
     def prepare(self) -> None:
@@ -160,10 +169,45 @@ class Plan:
         self.population.apart = {p: why for i, why in self._apart.items() for p in members[i]}
         for why in dict.fromkeys(self._apart.values()):
             log.info("not shared, run as written: %s", why)
+        self._plan_ahead()
 
     def run(self, call: Call, wanted: set[int]) -> Iterator[tuple[list[int], Any]]:
         """(architectures, output) for one call."""
-        return self.schedule.run(call, wanted)
+        known, self._known = self._known, {}
+        if call is not self.call or not known:
+            known = {} if self._ahead is None else self._ahead(arguments_of(self.model, call))
+        return self.schedule.run(call, wanted, known=known)
+
+    def _plan_ahead(self) -> None:
+        """Let one plan compute what it can, after comparing the first architecture with and without it."""
+        try:
+            reason = self._why_not_ahead()
+            if reason is not None:
+                raise NoPlan(reason)
+            schedule = self.schedule
+            wanted = [number for _, output in schedule.order for number in numbers_in(output)]
+            ahead = Ahead(self.resolver.values.table, schedule.reach, wanted, memory=self.population.memory)
+            known = ahead(arguments_of(self.model, self.call))
+            first = {schedule.order[0][0][0]}
+            found = next(schedule.run(self.call, first, known=known))[1]
+            if not _agree(found, next(schedule.run(self.call, first))[1]):
+                raise NoPlan("the plan gives other values than the model")
+        except NoPlan as why:
+            note = f"runs layer by layer: {why}"
+            if note not in self.population.notes:
+                self.population.notes.append(note)
+                log.info(note)
+            return
+        self._ahead, self._known = ahead, known
+
+    def _why_not_ahead(self) -> str | None:
+        if self.population.exact:
+            return "the eager model's very bits are asked for"
+        if torch.is_grad_enabled():
+            return "gradients are enabled"
+        if any(module.training for module in self.model.modules()):
+            return "the model is in train mode"
+        return None
 
     def _scheduled(self, outputs: list[Any]) -> Schedule:
         positions = [min(positions) for positions in self.population._members]

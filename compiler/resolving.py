@@ -180,7 +180,7 @@ class _Walk:
         if node.op == "get_attr":
             return self.ref(("attribute", node.target), Value(_Attribute(self.model, str(node.target))))
         if node.op == "call_method":
-            return self.ref(("method", node.target), Value(_Method(str(node.target)), args, kwargs, copies))
+            return self.ref(("method", node.target), Value(Method(str(node.target)), args, kwargs, copies))
         if node.op == "call_function":
             if node.target is operator.getitem and isinstance(args[0], list | tuple | dict):
                 return args[0][args[1]]
@@ -268,7 +268,7 @@ class _Walk:
         if choice.reduction != "none":
             out = terms[0] if len(terms) == 1 else None
             if len(terms) > 1:
-                reduce = _Reduction(choice, [names[index] for index in selection.indices])
+                reduce = Reduction(choice, [names[index] for index in selection.indices])
                 out = self.ref(("reduce", choice.reduction), Value(reduce, (terms,)))
         return (out, list(self.masks[choice.key])) if choice.return_mask else out
 
@@ -300,7 +300,9 @@ class _Attribute:
         return getattr(self.owner, self.name)
 
 
-class _Method:
+class Method:
+    """Calls a method by name."""
+
     def __init__(self, name: str) -> None:
         self.name = name
 
@@ -316,7 +318,9 @@ class _Weighing:
         return weigh(output, self.weight, self.key)
 
 
-class _Reduction:
+class Reduction:
+    """Reduces the chosen outputs of a choice."""
+
     def __init__(self, choice: Choice, names: list[str]) -> None:
         self.choice, self.names = choice, names
 

@@ -69,12 +69,15 @@ class Schedule:
         # numbers grow along the program: this is the order of a walk through a trie, depth first
         lived.sort(key=lambda entry: entry[0])
         self.order = [(members, output) for _, members, output in lived]
+        self.reach: list[int] = []
+        """All values, in the order in which architectures first want them."""
         # when each value is read by one that is computed for the first time
         self.reads: dict[int, list[int]] = {}
         known: set[int] = set()
         for turn, (reach, _, output) in enumerate(lived):
             fresh = [number for number in reach if number not in known]
             known.update(fresh)
+            self.reach += fresh
             for number in (*(i for n in fresh for i in self.table[n].inputs), *numbers_in(output)):
                 turns = self.reads.setdefault(number, [])
                 if not turns or turns[-1] != turn:
@@ -91,10 +94,16 @@ class Schedule:
         return sorted(found)
 
     def run(
-        self, call: Call, wanted: set[int], *, calibrated: set[int] | None = None
+        self,
+        call: Call,
+        wanted: set[int],
+        *,
+        calibrated: set[int] | None = None,
+        known: Mapping[int, Any] | None = None,
     ) -> Iterator[tuple[list[int], Any]]:
-        """(members, output) for each group of equal outputs with a wanted member."""
-        walk = Batch(self, call, calibrated)
+        """(members, output) for each group of equal outputs with a wanted member; `known` are values that
+        are there already."""
+        walk = Batch(self, call, calibrated, known or {})
         for turn, (members, output) in enumerate(self.order):
             chosen = [member for member in members if member in wanted]
             if chosen:
@@ -113,17 +122,21 @@ class Schedule:
 class Batch:
     """The values that live while one batch goes through."""
 
-    def __init__(self, schedule: Schedule, call: Call, calibrated: set[int] | None) -> None:
+    def __init__(
+        self,
+        schedule: Schedule,
+        call: Call,
+        calibrated: set[int] | None = None,
+        known: Mapping[int, Any] | None = None,
+    ) -> None:
         self.schedule = schedule
         self.table = schedule.table
         self.space = schedule.space
         self.call = call
-        bound = inspect.signature(own_forward(self.space.model)).bind(*call[0], **call[1])
-        bound.apply_defaults()
-        self.arguments = bound.arguments
+        self.arguments = arguments_of(self.space.model, call)
         self.calibrated = calibrated
-        self.kept: dict[int, Any] = {}
-        self.kept_bytes = 0
+        self.kept: dict[int, Any] = dict(known or {})
+        self.kept_bytes = _size(list(self.kept.values()))
 
     def take(self, turn: int, output: Any) -> Any:
         """Compute an output; afterwards only what later turns need lives on."""
@@ -247,6 +260,13 @@ class Batch:
         if counts:
             statistics[own] = current
             self.calibrated.add(own)  # type: ignore[union-attr]
+
+
+def arguments_of(model: nn.Module, call: Call) -> dict[str, Any]:
+    """The arguments of a call by name, with defaults."""
+    bound = inspect.signature(own_forward(model)).bind(*call[0], **call[1])
+    bound.apply_defaults()
+    return bound.arguments
 
 
 def _fresh_statistics(norms: Iterable[nn.Module]) -> Statistics:

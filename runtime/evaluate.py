@@ -27,26 +27,28 @@ def evaluate(
     *,
     recalibrate: Iterable[Any] | None = None,
     memory: int = GIB,
+    exact: bool = False,
     progress: Callable[[int, int | None], object] | None = None,
 ) -> list[Any]:
     """The mean of `metric(output, target)` over `loader` for each architecture, in the order given.
 
     The model runs in eval mode without gradients, on the device it is on; what architectures have in common
-    is computed once for each batch. The outputs are bit for bit those of the model decided for one
-    architecture at a time, in eager mode.
+    is computed once for each batch. The outputs are those of the model decided for one architecture at a
+    time, in eager mode: up to the rounding of sums, or bit for bit with `exact`, which is slower.
 
     metric: gives a number, a 0-d tensor, or a dict of them; batches count by their size. The result is a
     float or a dict of floats.
     recalibrate: batches on which each architecture gets BatchNorm statistics of its own (their average over
     these batches, all of which are held in memory); the model's own are left as they are.
-    memory: bytes of values kept from one architecture for a later one, beside what one needs by itself.
+    memory: bytes of values kept from one architecture for a later one, beside what one needs by itself; and
+    of the maps of the plan that computes images.
     progress: called after every batch with the number done and the number there are (None if unknown).
 
     Raises ArchitectureError for all architectures that do not fit, before anything runs, and NascompileError
     when there is no data.
     """
     model = unwrap(model)
-    population = Population(model, architectures, memory=memory)
+    population = Population(model, architectures, memory=memory, exact=exact)
     if not population.masks:
         return []
     meters = [AverageMeterGroup() for _ in architectures]

@@ -25,6 +25,8 @@ class Buffer:
     first: int = 1 << 60
     last: int = -1
     offset: int = NONE
+    image: int = NONE
+    """From one image to the next, in floats, where that is more than the buffer's own size."""
     borders: list[int] = field(default_factory=list)
     """Where the parts of a concatenation begin, ascending from 0; empty for a buffer of one piece."""
 
@@ -48,7 +50,7 @@ class Place:
         return Map(
             Space.slab,
             self.buffer.offset + self.start,
-            *(self.image, self.row, self.pixel),
+            *(self.image if self.buffer.image == NONE else self.buffer.image, self.row, self.pixel),
             *(self.channels, self.height, self.width),
         )
 
@@ -101,6 +103,22 @@ def lay_out(buffers: Iterable[Buffer]) -> int:
         buffer.offset = free.take(_size(buffer))
         ending.setdefault(buffer.last, []).append(buffer)
     return free.top
+
+
+def lay_out_images(buffers: Iterable[Buffer], images: int) -> int:
+    """As `lay_out` where one phase is all there is and `first` and `last` count its steps: every image has
+    memory of its own, in which maps that are never used at one time share. Returns the floats."""
+    buffers = list(buffers)
+    vectors = lay_out(buffer for buffer in buffers if buffer.is_vector)
+    maps = [buffer for buffer in buffers if not buffer.is_vector]
+    for buffer in maps:
+        buffer.floats //= images
+    size = aligned(lay_out(maps))
+    for buffer in maps:
+        buffer.floats *= images
+        buffer.image = size
+        buffer.offset += vectors
+    return vectors + images * size
 
 
 def _size(buffer: Buffer) -> int:

@@ -18,7 +18,7 @@ from nascompile.compiler.region.flags import Flags
 from nascompile.compiler.region.forward import Forward
 from nascompile.compiler.region.gradients import Wanted
 from nascompile.compiler.region.ir import Graph
-from nascompile.compiler.region.memory import Buffer, lay_out
+from nascompile.compiler.region.memory import Buffer, lay_out, lay_out_images
 from nascompile.compiler.region.settings import Settings
 from nascompile.compiler.region.storage import scale_and_shift
 from nascompile.compiler.region.tasks import (
@@ -89,7 +89,12 @@ def _build(graph: Graph, settings: Settings, wanted: Wanted | None) -> Plan:
     phases = set_phases(forward.tasks, late=False)
     backward = None if wanted is None else Backward(forward, wanted)
     buffers: list[Buffer] = list(forward.buffers)
-    touch(forward.tasks.tasks, 0)
+    one_phase = (
+        # a thread of the CPU carries an image through all steps in their order
+        (backward is None and phases == 1 and settings.executor.device == "cpu")
+        and "reuse_memory" not in settings.without
+    )
+    touch([] if one_phase else forward.tasks.tasks, 0)
     if backward is not None:
         set_phases(backward.tasks, late="gather_phases" not in settings.without)
         touch(backward.tasks.tasks, phases)
@@ -97,12 +102,26 @@ def _build(graph: Graph, settings: Settings, wanted: Wanted | None) -> Plan:
     if "reuse_memory" in settings.without:
         for buffer in buffers:
             buffer.first = 0
-    slab = lay_out(buffers)
+    if one_phase:
+        _touch_in_turn(forward.tasks.tasks)
+        slab = lay_out_images(buffers, settings.images)
+    else:
+        slab = lay_out(buffers)
     ahead = _emit(forward.tasks, settings, flags, forward.sums, 0, forward.tensors)
     back = None
     if backward is not None:
         back = _emit(backward.tasks, settings, flags, backward.sums, backward.gradients, backward.tensors)
     return Plan(graph, settings, flags, ahead, back, {} if backward is None else backward.reached, slab)
+
+
+def _touch_in_turn(tasks: Sequence[Task]) -> None:
+    """Record in the buffers of a program of one phase by which of its steps they are used."""
+    for turn, task in enumerate(in_phase(tasks)[1]):
+        for what in (*task.reads, *task.writes):
+            buffer = what[0] if isinstance(what, tuple) else what
+            if isinstance(buffer, Buffer) and not buffer.is_vector:
+                buffer.first = turn if buffer.last < 0 else buffer.first
+                buffer.last = turn
 
 
 class _Scratch:

@@ -105,6 +105,15 @@ class Region:
         parts = [part for _, regions in self._parts.values() for part in regions]
         return [*own, *(plan for part in parts for plan in part.plans)]
 
+    def memory(self, *tensors: Tensor) -> int | None:
+        """Bytes that the plan for such tensors takes for maps and packed weights; None without a plan."""
+        executor = executor_for(tensors)
+        decisions = executor if isinstance(executor, str) else read_decisions(self.choices, executor)
+        if isinstance(executor, str) or isinstance(decisions, str):
+            return None
+        execution = self._execution(tensors, decisions, executor)
+        return execution.plan.slab * executor.dtype.itemsize if isinstance(execution, Execution) else None
+
     def _in_parts(self, outside: Collection[fx.Node], reason: str) -> Function:
         """The region without some nodes, which run as they are, and the others in regions of their own."""
         if self.__name__.count("_") > PART_LIMIT:

@@ -71,7 +71,7 @@ def assert_exact(
     before = copy.deepcopy(model.state_dict())
     untouched = fresh(args)
     expected = one_at_a_time(model, architectures, *args)
-    population = Population(model, architectures, memory=memory)
+    population = Population(model, architectures, memory=memory, exact=True)
     for _ in range(2):
         assert_same(together(population, *args), expected, exact=True)
     assert_same(dict(model.state_dict()), dict(before), exact=True)
