@@ -25,18 +25,24 @@ _PICTURES = (".svg", ".png", ".pdf")
 def explain(
     model: ModelArgument,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Time every choice, eager and in plans.")
+    ] = False,
+    show_all: Annotated[bool, typer.Option("--all", help="All choices, not only the costliest.")] = False,
 ) -> None:
-    """What is open in the model, and what was compiled."""
+    """What is open in the model, and what was compiled into what."""
     from nascompile.compiler.explain import explain as explain_model
 
     supernet, example = _load(model)
-    explanation = explain_model(supernet, example)
+    explanation = explain_model(supernet, example, gains="measured" if measure else "predicted")
     if json:
         print(explanation.to_json())
         return
     from rich.console import Console
 
-    explanation.render(Console(highlight=False))
+    from nascompile.compiler.gain_table import MOST
+
+    explanation.render(Console(highlight=False), most=None if show_all else MOST)
 
 
 def draw(
