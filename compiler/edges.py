@@ -36,16 +36,18 @@ class Soft(Mutator):
 
 
 class Recorder(Soft):
-    """The same, and keeps what every choice was called with; calls of choices inside candidates as well."""
+    """Decides the same, and keeps what every choice was called with, also those inside candidates."""
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
+    def __init__(self, decision: Soft) -> None:
+        nn.Module.__init__(self)
+        self.masks = decision.masks
         self.calls: list[Call] = []
         self._depth = 0
 
     def on_forward_layer_choice(self, mutable: LayerChoice, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Keep the call and carry it out."""
-        self.calls.append(Call(mutable, *map_tensors((args, kwargs), _leaf), self._depth > 0))
+        args_kept, kwargs_kept = map_tensors((args, kwargs), _leaf)
+        self.calls.append(Call(mutable, args_kept, kwargs_kept, self._depth > 0))
         self._depth += 1
         try:
             return super().on_forward_layer_choice(mutable, *args, **kwargs)

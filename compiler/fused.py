@@ -12,7 +12,7 @@ from nascompile.compiler.mutables import InputChoice
 from nascompile.compiler.region.ir import Act, Conv, Norm, Sum, Value, Weight, Zero
 from nascompile.compiler.region.owners import Part
 from nascompile.compiler.space import Choice
-from nascompile.kernels.plan.steps import Combine, Convolve, Gate, Pick, Pool, Stage
+from nascompile.kernels.plan.steps import Combine, Convolve, Gate, Load, Pick, Pool, Stage, Store
 
 MOST_NAMES = 3
 """Of choices that share something; the others are counted."""
@@ -35,7 +35,8 @@ def shared(key: str, parts: Sequence[Part]) -> list[str]:
     found: dict[str, set[str]] = {}
     for part in parts:
         others = part.keys - {key}
-        if part.direction == "forward" and part.is_step and others:
+        is_work = part.is_step and not isinstance(part.operation, Load | Store)
+        if part.direction == "forward" and is_work and others:
             found.setdefault(_kind_of_shared(part), set()).update(others)
     by_others: dict[str, list[str]] = {}
     for kind, others in found.items():
@@ -56,8 +57,11 @@ def _fate(owner: Weight, module: Any, parts: Sequence[Part], values: Sequence[Va
         for part in parts
         if owner in part.owners and part.direction == "forward" and part.is_step and _kind(part) is not None
     ]
-    computed = Counter(str(_kind(part)) for part in steps)
+    # in the order of the program, so that equal candidates have equal words
+    steps.sort(key=lambda part: part.values[0].number)
+    own.sort(key=lambda value: value.number)
     stored = {id(value) for part in steps for value in part.values}
+    computed = Counter(str(_kind(part)) for part in steps)
     inside = Counter(_inside(value) for value in own if id(value) not in stored)
     del inside[""]
     said = _counted(computed, places) or ["a term of the sum"]
@@ -65,10 +69,11 @@ def _fate(owner: Weight, module: Any, parts: Sequence[Part], values: Sequence[Va
 
 
 def _counted(kinds: Counter[str], places: int) -> list[str]:
-    """Numbers for one place where all places are alike."""
-    each = places if all(count % places == 0 for count in kinds.values()) else 1
-    words = [f"{count // each} {kind}" for kind, count in sorted(kinds.items())]
-    return [*words[:-1], f"{words[-1]} in all"] if words and each < places else words
+    """Numbers for one place where all places are alike, a single one without."""
+    is_alike = all(count % places == 0 for count in kinds.values())
+    each = {kind: count // places if is_alike else count for kind, count in kinds.items()}
+    words = [kind if count == 1 else f"{count} {kind}" for kind, count in each.items()]
+    return words if is_alike else [*words[:-1], f"{words[-1]} in all places"]
 
 
 def _kind(part: Part) -> str | None:
@@ -96,7 +101,9 @@ def _convolution(value: Value) -> str:
 def _inside(value: Value) -> str:
     """What is applied where a value is read or written, and has no step of its own."""
     if isinstance(value.op, Norm):
-        return "BatchNorm" if value.op.running_mean is not None or value.op.by_batch else "bias"
+        if value.op.is_fixed:
+            return "scaling"
+        return "BatchNorm" if value.op.by_batch or value.op.running_mean is not None else "bias"
     return value.op.kind.name if isinstance(value.op, Act) else ""
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from rich.markup import escape
+from rich.console import Group, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -16,7 +17,9 @@ MOST = 20
 
 def gain_table(gains: Gains, most: int | None = MOST) -> Table:
     """The costliest choices, the others in one line, and totals; None for `most` shows all."""
-    table = Table(title="what plans gain, in ms of one training step", title_justify="left", show_lines=True)
+    batch = "" if gains.batch is None else f" with a batch of {gains.batch}"
+    title = f"what plans gain, in ms of one training step{batch}"
+    table = Table(title=title, title_justify="left", show_lines=True)
     table.add_column("choice, and what computes its candidates", overflow="fold")
     is_measured = any(edge.measured is not None for edge in gains.edges)
     for kind in ("predicted", "measured") if is_measured else ("predicted",):
@@ -29,7 +32,7 @@ def gain_table(gains: Gains, most: int | None = MOST) -> Table:
         table.add_row(_label(edge, first), *_figures(edge.predicted), *_measured([edge], is_measured))
     if rest:
         predicted = total([edge.predicted for edge in rest])
-        table.add_row(f"{len(rest)} more", *_figures(predicted), *_measured(rest, is_measured))
+        table.add_row(f"{len(rest)} more choices", *_figures(predicted), *_measured(rest, is_measured))
     _add_totals(table, gains, is_measured)
     table.caption = Text(
         f"predicted: the least time for bytes and FLOPs at {gains.machine.bandwidth / 1e9:.0f} GB/s and "
@@ -58,9 +61,14 @@ def _add_totals(table: Table, gains: Gains, is_measured: bool) -> None:
         plans = [edge.measured for edge in gains.edges if edge.measured is not None]
         measured = _figures(Pair(total(pairs).eager, total(plans).plan))
     table.add_row("[bold]all choices[/bold]", *_figures(predicted), *measured)
+    outside = [_ms(gains.rest.eager), _ms(gains.rest.plan or 0.0), ""]
+    measured = ["", _ms(gains.rest_measured or 0.0), ""] if is_measured else []
+    table.add_row(
+        "[bold]outside of choices[/bold]; of the model compiled, only what is in plans", *outside, *measured
+    )
     if gains.step is not None:
         table.add_row(
-            "[bold]a whole step[/bold], timed on its own: with all that is outside of choices and of plans",
+            "[bold]a whole step[/bold], timed on its own: with Python, and what is outside of plans",
             *("", "", ""),
             *_figures(gains.step),
         )
@@ -74,24 +82,37 @@ def _measured(edges: Sequence[EdgeGain], is_measured: bool) -> list[str]:
 def _figures(pair: Pair) -> list[str]:
     if pair.plan is None:
         return [_ms(pair.eager), "no plan", ""]
-    return [_ms(pair.eager), _ms(pair.plan), f"{pair.eager / pair.plan:.1f}x" if pair.plan else ""]
+    return [
+        _ms(pair.eager),
+        _ms(pair.plan),
+        f"{pair.eager / pair.plan:.1f}x" if pair.eager and pair.plan else "",
+    ]
 
 
 def _ms(seconds: float) -> str:
     return f"{1e3 * seconds:.3g}" if seconds < 1 else f"{1e3 * seconds:.0f}"
 
 
-def _label(edge: EdgeGain, first: dict[tuple[tuple[str, str], ...], str]) -> str:
+def _label(edge: EdgeGain, first: dict[tuple[tuple[str, str], ...], str]) -> RenderableType:
     """The key, the fate of every candidate (once where choices are alike), and what is shared."""
-    places = f" [dim]in {edge.places} places[/dim]" if edge.places > 1 else ""
-    lines = [f"[bold]{escape(edge.key)}[/bold]{places}"]
+    heading = Text(edge.key, style="bold")
+    if edge.places > 1:
+        heading.append(f" in {edge.places} places", style="dim not bold")
     alike = first.setdefault(edge.fates, edge.key)
     words = {fate for _, fate in edge.fates}
+    lines = Table.grid(padding=(0, 1))
     if alike != edge.key and edge.fates:
-        lines.append(f"  candidates as in {escape(alike)}")
-    elif len(words) == 1 and len(edge.fates) > 1:
-        lines.append(f"  every candidate: {escape(next(iter(words)))}")
-    else:
-        lines += [f"  {escape(name)}: {escape(fate)}" for name, fate in edge.fates]
-    lines += [f"  [dim]shares {escape(line)}[/dim]" for line in edge.shared]
-    return "\n".join(lines)
+        return Group(heading, *_indented([f"candidates as in {alike}"]), *_shared(edge))
+    if len(words) == 1 and len(edge.fates) > 1:
+        return Group(heading, *_indented([f"every candidate: {words.pop()}"]), *_shared(edge))
+    for name, fate in edge.fates:
+        lines.add_row(Text(f"{name}:"), Text(fate))
+    return Group(heading, *([Padding(lines, (0, 0, 0, 2))] if edge.fates else []), *_shared(edge))
+
+
+def _shared(edge: EdgeGain) -> list[Padding]:
+    return _indented([f"shares {line}" for line in edge.shared], style="dim")
+
+
+def _indented(lines: Iterable[str], style: str = "") -> list[Padding]:
+    return [Padding(Text(line, style=style), (0, 0, 0, 2)) for line in lines]

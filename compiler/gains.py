@@ -14,6 +14,7 @@ from nascompile.compiler.compiled import CompiledModel
 from nascompile.compiler.edges import Call, Recorder, Soft, eager_costs, training_step
 from nascompile.compiler.explore import call_arguments
 from nascompile.compiler.fused import fates, shared
+from nascompile.compiler.measure import batch_size
 from nascompile.compiler.mutables import forced_mutator
 from nascompile.compiler.region.ir import Value
 from nascompile.compiler.region.owners import Part
@@ -65,13 +66,15 @@ class EdgeGain:
 
 @dataclass(frozen=True, slots=True)
 class Gains:
-    """All keys that were called, the costliest first; `rest`: predicted, outside of choices, plans only for
-    what runs in plans. `step`: seconds of a whole step, if measured."""
+    """All keys that were called, the costliest first, and seconds outside of choices: `rest` predicted,
+    `rest_measured` those of plans. `step`: of a whole step, if measured. batch: samples."""
 
     edges: tuple[EdgeGain, ...]
     machine: Machine
     rest: Pair
+    rest_measured: float | None
     step: Pair | None
+    batch: int | None
 
 
 def find_gains(model: nn.Module, compiled: CompiledModel, inputs: Any, *, measure: bool) -> Gains | str:
@@ -80,8 +83,9 @@ def find_gains(model: nn.Module, compiled: CompiledModel, inputs: Any, *, measur
     A string says why that cannot be done. The model is as before afterwards.
     """
     model, args = unwrap(model), call_arguments(inputs)
-    recorder, soft = Recorder(model), Soft(model)
-    eager, fused = training_step(model, args, recorder), training_step(compiled, args, soft)
+    soft = Soft(model)
+    recorder = Recorder(soft)
+    eager, fused = training_step(model, args, soft), training_step(compiled, args, soft)
     machine, rounds = measure_machine(), ROUNDS if measure else 1
     with state_kept(model, args, {}), torch.enable_grad():
         try:
@@ -104,7 +108,8 @@ def find_gains(model: nn.Module, compiled: CompiledModel, inputs: Any, *, measur
     edges.sort(key=lambda edge: -edge.seconds)
     inside = sum(edge.predicted.eager for edge in edges if not edge.is_nested)
     rest = Pair(max(operators.seconds - inside, 0.0), by_choice.least.get(OUTSIDE))
-    return Gains(tuple(edges), machine, rest, step)
+    seconds = by_choice.seconds[OUTSIDE] if measure else None
+    return Gains(tuple(edges), machine, rest, seconds, step, batch_size(inputs))
 
 
 class _Profiled:
