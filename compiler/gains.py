@@ -102,7 +102,7 @@ def find_gains(model: nn.Module, compiled: CompiledModel, inputs: Any, *, measur
             step = None
             if measure:
                 step = Pair(fastest(eager, rounds=ROUNDS), fastest(fused, rounds=ROUNDS))
-    by_choice = _Profiled(found, machine, rounds)
+    by_choice = Profiled(found, machine, rounds)
     calls = {key: [call for call in recorder.calls if call.choice.key == key] for key in costs}
     edges = [_edge(c, calls[key], costs[key], by_choice) for key, c in choices(model).items() if key in costs]
     edges.sort(key=lambda edge: -edge.seconds)
@@ -112,7 +112,7 @@ def find_gains(model: nn.Module, compiled: CompiledModel, inputs: Any, *, measur
     return Gains(tuple(edges), machine, rest, seconds, step, batch_size(inputs))
 
 
-class _Profiled:
+class Profiled:
     """A profile by choice: parts of the plans that ran, and all values of their graphs."""
 
     def __init__(self, found: Profile, machine: Machine, rounds: int) -> None:
@@ -146,7 +146,7 @@ class _Profiled:
 
 
 def _edge(
-    choice: Choice, calls: Sequence[Call], costs: tuple[float, float | None], found: _Profiled
+    choice: Choice, calls: Sequence[Call], costs: tuple[float, float | None], found: Profiled
 ) -> EdgeGain:
     key, (least, seconds) = choice.key, costs
     serving, in_plan = found.serving[key], key in found.least

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 import nascompile
 from nascompile.compiler.explain import explain
 from nascompile.compiler.gain_table import gain_table
-from nascompile.compiler.gains import EdgeGain, Gains, Pair
+from nascompile.compiler.gains import EdgeGain, Gains, Pair, Profiled
 from nascompile.compiler.region.executors import NATIVE
 from nascompile.compiler.region.owners import Part, parts_of
 from nascompile.compiler.region.plan import Plan
 from nascompile.compiler.region.profiling import active, profiling
 from nascompile.compiler.roofline import Counter, Machine
-from nascompile.kernels.plan.steps import Combine, Convolve, Pool, Stage
-from nascompile.kernels.plan.traffic import memory
+from nascompile.kernels.plan.steps import Combine, Convolve, Pool, Stage, Unstage
+from nascompile.kernels.plan.traffic import cost, memory
 from nascompile.mutables import InputChoice, LayerChoice
 from tests.comparing import Decided
 from tests.compiler.region_models import SepConv
@@ -115,7 +115,8 @@ def test_the_steps_of_gradients_serve_those_of_the_values(plan: Plan):
     backward = [part for part in parts_of(plan) if part.direction == "backward" and part.is_step]
     assert {"a"} in [part.keys for part in backward]
     assert {"b"} in [part.keys for part in backward]
-    assert {"a", "b"} in [part.keys for part in backward]
+    # what leaves the padded image again, once for all convolutions that read it
+    assert {"a", "b"} in [part.keys for part in of_kind(plan, Unstage, "backward")]
 
 
 # ----- in words
@@ -175,6 +176,20 @@ def test_gains_are_predicted_and_measured(gains: Gains):
     # the edges are equal, and what they share counts half for each
     a, b = (gain for gain in gains.edges if gain.key in "ab")
     assert a.predicted == Pair(pytest.approx(b.predicted.eager), pytest.approx(b.predicted.plan))
+
+
+def test_what_is_shared_counts_in_equal_parts():
+    _, step = trained()
+    step()
+    with profiling() as profile:
+        step()
+    machine = Machine(bandwidth=1e9, rate=1e9)
+    by_choice = Profiled(profile, machine, 1)
+    timed = [seconds for run in profile.runs for _, seconds in run.parts()]
+    assert sum(by_choice.seconds.values()) == pytest.approx(sum(timed))
+    operations = [part.operation for run in profile.runs for part, _ in run.parts()]
+    least = [machine.seconds(len(X) * cost(op)[0], len(X) * memory(op)) for op in operations]
+    assert sum(by_choice.least.values()) == pytest.approx(sum(least))
 
 
 def test_a_prediction_measures_no_choice():
