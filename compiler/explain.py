@@ -32,6 +32,7 @@ LONG = 60
 """More lines of candidates than this are shown as ranges."""
 
 GAINS = ("predicted", "measured", None)
+NOT_ASKED = "not asked for"
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +124,7 @@ class Explanation:
         yield self._size_table()
         if isinstance(self.edges, Gains):
             yield gain_table(self.edges, most)
-        elif self.rows and self.edges:
+        elif self.rows and self.edges != NOT_ASKED:
             yield Text(f"no gains by choice: {self.edges}", style="dim")
         if self.unequal is not None:
             yield Text(f"a weighted method cannot search this space: {self.unequal}", style="yellow")
@@ -309,7 +310,7 @@ def explain(
                 compiled=how.get(path) or _called_back(watcher.choices[path], profile, compiled.notes),
             )
         )
-    edges: Gains | str = "not asked for"
+    edges: Gains | str = NOT_ASKED
     if gains is not None:
         edges = find_gains(model, compiled, example_inputs, measure=gains == "measured")
     return Explanation(

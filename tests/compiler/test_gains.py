@@ -209,7 +209,14 @@ def test_a_prediction_measures_no_choice():
     assert isinstance(found, Gains)
     assert found.step is None
     assert all(gain.measured is None and gain.predicted.plan for gain in found.edges)
-    assert explain(Net(), X, gains=None).edges == "not asked for"
+
+
+def test_without_gains_there_are_none():
+    found = explain(Net(), X, gains=None)
+    assert found.edges == "not asked for"
+    out = io.StringIO()
+    found.render(Console(file=out))
+    assert "gain" not in out.getvalue()
 
 
 def test_the_model_stays_as_it_was():
