@@ -245,6 +245,7 @@ def compare(log: Log, name: str) -> list[str]:
 def kernels(log: Log, name: str, batch: int) -> None:
     """Time, bytes and FLOPs of every kernel in one step."""
     import nascompile
+    from nascompile.kernels.plan.traffic import Traffic, count
 
     use_triton()
     PROGRAMS.clear()
@@ -254,7 +255,6 @@ def kernels(log: Log, name: str, batch: int) -> None:
     PROGRAMS.clear()
     step()
     # imported late: the package is built by benchmarks/gpu.py first
-    from nascompile.kernels.plan.traffic import Traffic, count
 
     counted: dict[str, Traffic] = defaultdict(Traffic)
     for program in PROGRAMS:

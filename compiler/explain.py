@@ -7,7 +7,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -18,6 +18,8 @@ from torch import nn
 
 from nascompile.compiler.compiled import CompiledModel, compile
 from nascompile.compiler.errors import SpaceError
+from nascompile.compiler.gain_table import MOST, gain_table
+from nascompile.compiler.gains import Gains, find_gains
 from nascompile.compiler.graph import GraphWatcher
 from nascompile.compiler.measure import Count, batch_size, check_weighted, count_parameters
 from nascompile.compiler.patterns import PATTERNS
@@ -28,6 +30,9 @@ from nascompile.compiler.trace import Island
 
 LONG = 60
 """More lines of candidates than this are shown as ranges."""
+
+GAINS = ("predicted", "measured", None)
+NOT_ASKED = "not asked for"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +75,8 @@ class Explanation:
 
     `total` is the whole supernet; in `smallest` and `largest` every LayerChoice takes its smallest or largest
     candidate, and every input is kept. `unequal` names candidates whose outputs cannot be weighted and added
-    up.
+    up. `edges`: what was fused into what and what that gains, by key, or why that is not known; two reports
+    that differ in it only are equal.
     """
 
     rows: tuple[Row, ...]
@@ -81,6 +87,7 @@ class Explanation:
     smallest: Count
     largest: Count
     unequal: str | None
+    edges: Gains | str = field(compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain lists, dicts, strings and numbers."""
@@ -91,9 +98,9 @@ class Explanation:
         """`to_dict` as indented JSON; what is not finite is null."""
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
-    def render(self, console: Console) -> None:
-        """Print tables for a person to read."""
-        console.print(self)
+    def render(self, console: Console, *, most: int | None = MOST) -> None:
+        """Print tables for a person to read; `most` choices with their gains, None for all."""
+        console.print(*self._parts(most), sep="\n")
 
     def __str__(self) -> str:
         keys = len({row.key for row in self.rows})
@@ -106,12 +113,19 @@ class Explanation:
         return f"{space}; supernet: {size}{islands}"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        yield from self._parts(MOST)
+
+    def _parts(self, most: int | None) -> Iterator[RenderableType]:
         if self.rows:
             compact = sum(len(row.candidates) for row in self._firsts()) > LONG
             yield self._compact_table() if compact else self._table()
             if compact:
                 yield self._candidate_table()
         yield self._size_table()
+        if isinstance(self.edges, Gains):
+            yield gain_table(self.edges, most)
+        elif self.rows and self.edges != NOT_ASKED:
+            yield Text(f"no gains by choice: {self.edges}", style="dim")
         if self.unequal is not None:
             yield Text(f"a weighted method cannot search this space: {self.unequal}", style="yellow")
         if self.islands:
@@ -243,13 +257,23 @@ class Explanation:
         return _listed(dict.fromkeys(keys.get(path, path.strip("()")) for row in rows for path in row.feeds))
 
 
-def explain(model: nn.Module, example_inputs: Any, *, compiled: CompiledModel | None = None) -> Explanation:
+def explain(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    compiled: CompiledModel | None = None,
+    gains: str | None = "predicted",
+) -> Explanation:
     """Explain the search space of `model` and how it is compiled.
 
     With `compiled` (or a compiled `model`) what was compiled there is reported; else the model is compiled
-    for this. FLOPs are those of one forward pass on the example inputs. The model and its mutator are as
-    before afterwards. Raises NascompileError when the model does not run on the example inputs.
+    for this. FLOPs are those of one forward pass on the example inputs. gains: by choice, "predicted" from
+    bytes and FLOPs of a training step in the model's present mode, also "measured" (minutes for large
+    supernets), None without. The model and its mutator are as before afterwards. Raises ValueError for other
+    `gains`, NascompileError when the model does not run on the example inputs.
     """
+    if gains not in GAINS:
+        raise ValueError(f'gains is {gains!r}, expected one of: "predicted", "measured", None')
     if compiled is None:
         compiled = model if isinstance(model, CompiledModel) else compile(model, example_inputs)
     model = unwrap(model)
@@ -286,6 +310,9 @@ def explain(model: nn.Module, example_inputs: Any, *, compiled: CompiledModel | 
                 compiled=how.get(path) or _called_back(watcher.choices[path], profile, compiled.notes),
             )
         )
+    edges: Gains | str = NOT_ASKED
+    if gains is not None:
+        edges = find_gains(model, compiled, example_inputs, measure=gains == "measured")
     return Explanation(
         rows=tuple(rows),
         islands=tuple(compiled.islands),
@@ -295,6 +322,7 @@ def explain(model: nn.Module, example_inputs: Any, *, compiled: CompiledModel | 
         smallest=extreme_size(model, profiles, outside, min, batch),
         largest=extreme_size(model, profiles, outside, max, batch),
         unequal=_unequal(profiles),
+        edges=edges,
     )
 
 

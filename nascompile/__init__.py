@@ -25,6 +25,7 @@ _PUBLIC = {
     "count": "nascompile.compiler.measure",
     "evaluate": "nascompile.runtime.evaluate",
     "explain": "nascompile.compiler.explain",
+    "profile": "nascompile.compiler.region.profiling",
     "draw": "nascompile.compiler.draw",
     "search_space": "nascompile.compiler.architecture",
     "load_architecture": "nascompile.compiler.architecture",

@@ -25,18 +25,36 @@ _PICTURES = (".svg", ".png", ".pdf")
 def explain(
     model: ModelArgument,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Time every choice, eager and in plans.")
+    ] = False,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            "--batch-size",
+            min=1,
+            show_default=False,
+            help="Of dataset_train; one sample without it, 64 with --measure.",
+        ),
+    ] = None,
+    show_all: Annotated[bool, typer.Option("--all", help="All choices, not only the costliest.")] = False,
 ) -> None:
-    """What is open in the model, and what was compiled."""
+    """What is open in the model, and what was compiled into what."""
     from nascompile.compiler.explain import explain as explain_model
 
-    supernet, example = _load(model)
-    explanation = explain_model(supernet, example)
+    if measure or batch_size is not None:
+        supernet, example = _with_batch(model, batch_size)
+    else:
+        supernet, example = _load(model)
+    explanation = explain_model(supernet, example, gains="measured" if measure else "predicted")
     if json:
         print(explanation.to_json())
         return
     from rich.console import Console
 
-    explanation.render(Console(highlight=False))
+    from nascompile.compiler.gain_table import MOST
+
+    explanation.render(Console(highlight=False), most=None if show_all else MOST)
 
 
 def draw(
@@ -151,6 +169,13 @@ def _load(path: Path) -> tuple[nn.Module, tuple[Any, ...]]:
     file = ModelFile(path)
     supernet = build_supernet(file)
     return supernet, example_of(file, supernet)
+
+
+def _with_batch(path: Path, batch_size: int | None) -> tuple[nn.Module, tuple[Any, ...]]:
+    from nascompile.runtime.bench_subject import from_file
+
+    subject = from_file(path, batch_size, 0)
+    return subject.model, subject.inputs
 
 
 def _architecture(path: Path) -> dict[str, Any]:

@@ -157,7 +157,7 @@ class SearchJob:
         if not file.defines("example_inputs"):
             # sizes are told for one sample
             example = tree_map_only(torch.Tensor, lambda tensor: tensor[:1], example)
-        self.observer.space(explain(ingredients.model, example))
+        self.observer.space(explain(ingredients.model, example, gains=None))
         parts = {
             "train": ingredients.dataset_train,
             "validation": ingredients.dataset_valid,

@@ -134,7 +134,8 @@ class Backward(MapGradients):
             sums[None] = self._new_sums(place.channels)
         flags = {t: self.flags.all_of([flag, t.flag]) for t in summed}
         self._step(
-            f"reduce {value.number}",
+            "reduce",
+            value,
             lambda _: Reduce(
                 place.map(),
                 tuple(Term(self.forward.place(t.value).map(), sums[t], flags[t]) for t in summed),
@@ -160,7 +161,7 @@ class Backward(MapGradients):
         reads = [Summed("sums", sums[term])]
         if total != NONE:
             reads.append(Summed("sums", total))
-        self._barrier("decision gradient", make, reads, (), flag)
+        self._barrier("decision gradient", term.value, make, reads, (), flag)
 
     def _norm(self, value: Value, op: Norm) -> None:
         """dy = a*g + b*y + c for every gradient g of the normalisation's output."""
@@ -225,7 +226,7 @@ class Backward(MapGradients):
 
         written = [b for b in (*outs, shared, constant) if b is not None]
         sums = [Summed("sums", at) for a in arrivals for at in (a.sum_g, a.sum_gy)]
-        self._barrier(f"normalise backward {value.number}", make, sums, written, flag)
+        self._barrier("normalise backward", value, make, sums, written, flag)
 
     def _staged_norm(self, value: Value, y: Place) -> None:
         """The gradient of a normalisation that convolutions read: stored, and summed over the batch on the
@@ -237,7 +238,7 @@ class Backward(MapGradients):
         place = self._new_place(value)
         at = self._new_sums(2 * y.channels)
         if len(waiting) > 1:
-            self._sum_up(f"gradient {value.number}", Gradient(), place, flag, adds=False)
+            self._sum_up(value, Gradient(), place, flag, adds=False)
         for create in waiting:
             create(place, at, len(waiting) > 1)
         self._arrivals[value].append(Arrival(place, None, at, at + y.channels, flag))
@@ -319,7 +320,8 @@ class Backward(MapGradients):
             return (first, replace(make(maps, (NONE, NONE)), flag=light)) if has_weights else (first,)
 
         self._step(
-            f"convolve backward {value.number}",
+            "convolve backward",
+            value,
             make if gather is None else make_both,
             reads=(
                 *staged.source.cells(),

@@ -60,7 +60,8 @@ class MapGradients(Gradients):
         number = self.tensor(("grad input", op.index))
         strides, segments = self.settings.strides(value.shape), value.layout.segments
         self._step(
-            f"store gradient of input {op.index}",
+            "store gradient of input",
+            value,
             lambda _: Store(number, *strides, segments, place.map()),
             reads=place.cells(),
             flag=self._flag(value),
@@ -69,7 +70,8 @@ class MapGradients(Gradients):
     def _mask(self, value: Value, place: Place, activation: Activation, flag: int) -> None:
         out = self.forward.place(value)
         self._step(
-            f"mask {value.number}",
+            "mask",
+            value,
             lambda _: Mask(place.map(), out.map(), activation),
             reads=out.cells(),
             writes=place.cells(),
@@ -81,7 +83,8 @@ class MapGradients(Gradients):
         (term,) = stored.terms
         source, vectors = self.forward.place(term.value), (term.coefficient, stored.constant)
         self._step(
-            f"unstage {value.number}",
+            "unstage",
+            value,
             lambda _: Unstage(
                 *(place.map(), source.map(), offset(vectors[0]), offset(vectors[1])),
                 *(stored.activation, place.map(), 0, NONE),
@@ -101,7 +104,8 @@ class MapGradients(Gradients):
 
         def create(target: Place) -> None:
             self._step(
-                f"pick backward {value.number}",
+                "pick backward",
+                value,
                 lambda _: tuple(
                     Pick(place.map(), target.map(), at, 1, first, step, count, 1, flag=flag)
                     for first, step, at, count in picked
@@ -122,7 +126,8 @@ class MapGradients(Gradients):
         def create(target: Place) -> None:
             written, read = windows_of(value, target, place)
             self._step(
-                f"cut backward {value.number}",
+                "cut backward",
+                value,
                 lambda _: Combine(
                     (Term(read.map(), NONE, NONE),), NONE, Activation.none, written.map(), 1, NONE
                 ),
@@ -152,7 +157,8 @@ class MapGradients(Gradients):
 
         def create(target: Place) -> None:
             self._step(
-                f"gate backward {value.number}",
+                "gate backward",
+                value,
                 lambda _: (
                     GateGradient(place.map(), other.map(), target.map())
                     if summed
@@ -176,7 +182,8 @@ class MapGradients(Gradients):
 
         def create(target: Place) -> None:
             self._step(
-                f"pool backward {value.number}",
+                "pool backward",
+                value,
                 lambda maps: PoolBackward(
                     *(terms(flows), offset(constant), maps["tile"], target.map(), int(op.is_max)),
                     *(*op.kernel, *op.stride, *op.padding, int(op.counts_padding)),

@@ -246,7 +246,7 @@ class Execution:
         profile = active()
         if profile is not None and self.executor is NATIVE:
             name = "forward" if direction is self.plan.forward else "backward"
-            profile.add(name, direction.program, run_timed(*arguments))
+            profile.add(name, direction, run_timed(*arguments))
         else:
             self.executor.run(*arguments)
         work.give_back()

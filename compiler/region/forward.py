@@ -135,7 +135,8 @@ class Forward(MapTasks):
         moments, sums = self._new_moments(value, place)
         packed = [b for b in (one.depthwise_weights, one.weights) if b is not None]
         self._step(
-            f"convolve {value.number}",
+            "convolve",
+            value,
             lambda maps: make_convolve(one, maps["x"], place.map(), moments),
             reads=(*staged.source.cells(), *packed, *(() if staged.vectors is None else (staged.vectors,))),
             writes=(*place.cells(), *sums),
@@ -160,7 +161,8 @@ class Forward(MapTasks):
             self.optional(op.counter) if op.updates and op.first == 0 else NONE,
         )
         self._barrier(
-            f"normalise {value.number}",
+            "normalise",
+            value,
             lambda: Normalise(
                 *(moments, elements, op.epsilon, op.momentum, *tensors, segments, channels, out.offset),
                 flag=self.flag(value),
@@ -190,7 +192,8 @@ class Forward(MapTasks):
         moments, sums = self._new_moments(value, place)
         vectors = [t.coefficient for t in terms if t.coefficient is not None]
         self._step(
-            f"combine {value.number}",
+            "combine",
+            value,
             lambda _: Combine(
                 tuple(
                     Term(
@@ -248,7 +251,8 @@ class Forward(MapTasks):
             return Coefficients(tuple(weighted), decision, at, channels, flag=self.flag(value))
 
         self._barrier(
-            f"coefficients {value.number}",
+            "coefficients",
+            value,
             make,
             [self.vectors[t.norm] for t in rows if t.norm is not None],
             [*(t.coefficient for t in rows), *(() if constant is None else (constant,))],

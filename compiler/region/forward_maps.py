@@ -41,7 +41,8 @@ class MapTasks(Packing):
         place, number = self.place(value), self.tensor(("input", op.index))
         strides, segments = self.settings.strides(value.shape), value.layout.segments
         self._step(
-            f"load input {op.index}",
+            "load input",
+            value,
             lambda _: Load(number, *strides, segments, place.map(), 0),
             writes=place.cells(),
         )
@@ -50,14 +51,22 @@ class MapTasks(Packing):
         place, number = self.place(value), self.tensor(("output", index))
         strides, segments = self.settings.strides(value.shape), value.layout.segments
         self._step(
-            f"store output {index}",
+            "store output",
+            value,
             lambda _: Store(number, *strides, segments, place.map()),
             reads=place.cells(),
         )
 
-    def _step(self, name: str, make: Any, **more: Any) -> None:
+    def _step(self, name: str, value: Value, make: Any, **more: Any) -> None:
         task = Task(
-            name, make, False, more.pop("reads", ()), more.pop("writes", ()), more.pop("flag", ALWAYS), **more
+            name,
+            value,
+            make,
+            False,
+            more.pop("reads", ()),
+            more.pop("writes", ()),
+            more.pop("flag", ALWAYS),
+            **more,
         )
         self.tasks.add(task)
 
@@ -78,7 +87,8 @@ class MapTasks(Packing):
             index = self.indices[value] = Buffer(f"index {value.number}", self.settings.images * image, False)
             self.buffers.append(index)
         self._step(
-            f"pool {value.number}",
+            "pool",
+            value,
             lambda _: Pool(
                 *(
                     x.map(),
@@ -108,7 +118,7 @@ class MapTasks(Packing):
                 for number, (first, step, to, count) in enumerate(picked)
             )
 
-        self._step(f"pick {value.number}", make, reads=x.cells(), writes=y.cells(), flag=flag)
+        self._step("pick", value, make, reads=x.cells(), writes=y.cells(), flag=flag)
 
     def _cut(self, value: Value) -> None:
         """Copy a crop, or an image into the middle of a larger one."""
@@ -122,14 +132,15 @@ class MapTasks(Packing):
             clear = Combine((), NONE, Activation.none, y.map(), 0, NONE, flag=flag)
             return (clear, copy) if isinstance(value.op, Pad) else (copy,)
 
-        self._step(f"cut {value.number}", make, reads=x.cells(), writes=y.cells(), flag=flag)
+        self._step("cut", value, make, reads=x.cells(), writes=y.cells(), flag=flag)
 
     def _gate(self, value: Value) -> None:
         image, gate = (self.place(x) for x in value.inputs)
         place = self.place(value)
         moments, sums = self._new_moments(value, place)
         self._step(
-            f"gate {value.number}",
+            "gate",
+            value,
             lambda _: GateStep(image.map(), gate.map(), place.map(), 0, moments),
             reads=(*image.cells(), *gate.cells()),
             writes=(*place.cells(), *sums),
@@ -142,7 +153,8 @@ class MapTasks(Packing):
             place = self.place(source)
             at = self.moments[source] = self.new_sums(2 * place.channels)
             self._step(
-                f"sum {source.number}",
+                "sum",
+                source,
                 lambda _: Combine(
                     (Term(place.map(), NONE, NONE),), NONE, Activation.none, place.map(), 0, at
                 ),
@@ -159,7 +171,8 @@ class MapTasks(Packing):
                 continue
             source, target = self.place(part), whole.part(first, part.layout.padded)
             self._step(
-                f"copy into {value.number}",
+                "copy",
+                value,
                 lambda _, s=source, t=target: Combine(
                     (Term(s.map(), NONE, NONE),), NONE, Activation.none, t.map(), 0, NONE
                 ),

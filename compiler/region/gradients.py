@@ -157,10 +157,11 @@ class Gradients:
                 self._places[value] = self._new_place(value)
         return self._places[value]
 
-    def _step(self, name: str, make: Any, **more: Any) -> None:
+    def _step(self, name: str, value: Value, make: Any, **more: Any) -> None:
         self.tasks.add(
             Task(
                 name,
+                value,
                 make,
                 False,
                 more.pop("reads", ()),
@@ -170,8 +171,8 @@ class Gradients:
             )
         )
 
-    def _barrier(self, name: str, make: Any, reads: Any, writes: Any, flag: int) -> None:
-        self.tasks.add(Task(name, lambda _: make(), True, tuple(reads), tuple(writes), flag))
+    def _barrier(self, name: str, value: Value, make: Any, reads: Any, writes: Any, flag: int) -> None:
+        self.tasks.add(Task(name, value, lambda _: make(), True, tuple(reads), tuple(writes), flag))
 
     # ---- the gradient of a map ----
 
@@ -186,7 +187,8 @@ class Gradients:
         is_alone = len(self.graph.outputs) == 1
         self._of[value].flags.append(ALWAYS if is_alone else self.flags.chosen(gradient_of_output(index)))
         self._step(
-            f"load gradient {index}",
+            "load gradient",
+            value,
             lambda _: Load(number, *strides, segments, place.map(), adds),
             writes=place.cells(),
         )
@@ -206,17 +208,18 @@ class Gradients:
         place = self._place(value)
         begun = self._has_begun(place)
         if gradient.flows or gradient.constant is not None or not begun:
-            self._sum_up(f"gradient {value.number}", gradient, place, flag, adds=begun)
+            self._sum_up(value, gradient, place, flag, adds=begun)
         self._begun.update(place.cells())
         for direct in gradient.direct:
             direct(place)
         gradient.flows, gradient.direct, gradient.constant = [], [], None
         return place
 
-    def _sum_up(self, name: str, gradient: Gradient, place: Place, flag: int, *, adds: bool) -> None:
+    def _sum_up(self, value: Value, gradient: Gradient, place: Place, flag: int, *, adds: bool) -> None:
         flows, constant = list(gradient.flows), gradient.constant
         self._step(
-            name,
+            "gradient",
+            value,
             lambda _: Combine(terms(flows), offset(constant), Activation.none, place.map(), int(adds), NONE),
             reads=read_by(flows, constant),
             writes=place.cells(),
@@ -283,7 +286,7 @@ class Gradients:
             make = lambda: UnpackDense(  # noqa: E731
                 at, count, read, written, inputs, outputs, number, flag=flag
             )
-        self._barrier("unpack", make, (Summed("gradients", at),), (), flag)
+        self._barrier("unpack", value, make, (Summed("gradients", at),), (), flag)
 
     def _slot(self, arrival: Arrival) -> int:
         weight = None if arrival.term is None else arrival.term.weight

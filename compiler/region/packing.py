@@ -26,8 +26,8 @@ class Packing(Storage):
         self._packed: dict[Rows, tuple[Buffer | None, Buffer | None]] = {}
         self._packers: dict[Rows, list[Value]] = {}
 
-    def _barrier(self, name: str, make: Any, reads: Any, writes: Any, flag: int) -> None:
-        self.tasks.add(Task(name, lambda _: make(), True, tuple(reads), tuple(writes), flag))
+    def _barrier(self, name: str, value: Value, make: Any, reads: Any, writes: Any, flag: int) -> None:
+        self.tasks.add(Task(name, value, lambda _: make(), True, tuple(reads), tuple(writes), flag))
 
     def _pack_depthwise(self, op: Conv, channels: int, segments: Segments, value: Value) -> Buffer:
         count = op.kernel[0] * op.kernel[1]
@@ -39,6 +39,7 @@ class Packing(Storage):
         self._packed[op.rows] = (buffer, None)
         self._barrier(
             "pack",
+            value,
             lambda: PackDepthwise(
                 *(tensor, count, segments, channels, buffer.offset), flag=self._pack_flag(op.rows)
             ),
@@ -62,6 +63,7 @@ class Packing(Storage):
         self._packed[op.rows] = (target, transposed)
         self._barrier(
             "pack",
+            value,
             lambda: PackDense(
                 *(tensor, count, *segments, inputs, outputs),
                 target.offset,

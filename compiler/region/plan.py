@@ -17,7 +17,7 @@ from nascompile.compiler.region.convolutions import make_stage
 from nascompile.compiler.region.flags import Flags
 from nascompile.compiler.region.forward import Forward
 from nascompile.compiler.region.gradients import Wanted
-from nascompile.compiler.region.ir import Graph
+from nascompile.compiler.region.ir import Graph, Value
 from nascompile.compiler.region.memory import Buffer, lay_out, lay_out_images
 from nascompile.compiler.region.settings import Settings
 from nascompile.compiler.region.storage import scale_and_shift
@@ -36,11 +36,15 @@ from nascompile.kernels.plan.steps import NONE, Activation, Combine, Map, Unstag
 
 @dataclass(slots=True)
 class Direction:
-    """One program, how it is written down, and the tensors it takes, in order."""
+    """One program, how it is written down, and the tensors it takes, in order.
+
+    `serves`: for every operation, phase by phase, barrier operations first, the values it is part of.
+    """
 
     program: Program
     encoded: Tensor
     tensors: list[Any]
+    serves: list[tuple[Value, ...]]
     work: int = 0
     """FLOPs of the convolutions for one image."""
 
@@ -161,9 +165,11 @@ def _emit(
     for task in tasks.tasks:
         by_phase[task.phase].append(task)
     phases = []
+    serves: list[tuple[Value, ...]] = []
     for number in range(max(by_phase, default=-1) + 1):
         barriers, steps = in_phase(by_phase[number])
-        operations = _steps(steps, scratch, flags)
+        serves += [(task.value,) for task in barriers]
+        operations = _steps(steps, scratch, flags, serves)
         phases.append(Phase(tuple(task.make({}) for task in barriers), tuple(operations)))
     program = Program(
         tuple(phases),
@@ -175,12 +181,18 @@ def _emit(
         aligned(scratch.floats),
     )
     work = sum(task.work for task in tasks.tasks)
-    return Direction(program, encode(program), list(tensors), work)
+    return Direction(program, encode(program), list(tensors), serves, work)
 
 
-def _steps(tasks: Sequence[Task], scratch: _Scratch, flags: Flags) -> list[Any]:
-    """The steps of a phase: what reads one staged image stands together, after the step that stages it."""
+def _steps(
+    tasks: Sequence[Task], scratch: _Scratch, flags: Flags, serves: list[tuple[Value, ...]]
+) -> list[Any]:
+    """The steps of a phase: what reads one staged image stands together, after the step that stages it.
+
+    Whom each serves is added to `serves`.
+    """
     found: list[Any] = []
+    first = len(serves)
     at = 0
     while at < len(tasks):
         end = at + 1
@@ -199,6 +211,8 @@ def _steps(tasks: Sequence[Task], scratch: _Scratch, flags: Flags) -> list[Any]:
         if gather is not None:
             assert staged is not None
             maps["dx"] = _begin_gather(staged, run, scratch, flags, found)
+        together = tuple(task.value for task in run)
+        serves += [together] * (first + len(found) - len(serves))
         for task in run:
             own = {
                 name: scratch.get(name, channels, height, width, border)
@@ -207,9 +221,11 @@ def _steps(tasks: Sequence[Task], scratch: _Scratch, flags: Flags) -> list[Any]:
             made = task.make({**maps, **own})
             made = made if isinstance(made, tuple) else (replace(made, flag=task.flag),)
             found += made
+            serves += [(task.value,)] * len(made)
         if gather is not None:
             assert staged is not None
             _end_gather(staged, run, maps["dx"], flags, found)
+            serves.append(together)
     return found
 
 

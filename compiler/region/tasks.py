@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from nascompile.compiler.region.ir import Value
 from nascompile.compiler.region.memory import Buffer, Place
 from nascompile.kernels.plan.steps import Activation, Map, Space
 
@@ -50,11 +51,12 @@ class Task:
     several of which the flags choose one.
 
     `staged`: the image it reads, scratch map "x"; `gather`: where the gradient of that image goes, scratch
-    map "dx". scratch: further maps, (name, channels, height, width, border). `name` and `work` (FLOPs for one
-    image) are for people.
+    map "dx". scratch: further maps, (name, channels, height, width, border). `name`, `value` (what it, or its
+    gradient, belongs to) and `work` (FLOPs for one image) are for people.
     """
 
     name: str
+    value: Value
     make: Callable[[dict[str, Map]], Any]
     is_barrier: bool
     reads: tuple[Hashable, ...]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from nascompile.kernels.plan.program import Program
@@ -21,8 +21,10 @@ from nascompile.kernels.plan.steps import (
     Pool,
     PoolBackward,
     Reduce,
+    Space,
     Stage,
     Store,
+    Term,
     Unstage,
 )
 
@@ -58,6 +60,19 @@ def cost(operation: Any) -> tuple[int, int]:
     return sum(flops for _, _, flops in launches), 4 * sum(floats for _, floats, _ in launches)
 
 
+def memory(operation: Any) -> int:
+    """Bytes that a step moves between memory and cache for one image: maps in the slab, each once. Scratch is
+    one image large, and stays in the cache."""
+    if not isinstance(operation, STEPS):
+        return 0
+    found: set[Map] = set()
+    for field in fields(operation):
+        value = getattr(operation, field.name)
+        terms = [term.map for term in value if isinstance(term, Term)] if isinstance(value, tuple) else []
+        found.update(place for place in (value, *terms) if isinstance(place, Map))
+    return 4 * sum(_size(place) for place in found if place.space != Space.scratch)
+
+
 def _size(place: Map) -> int:
     return place.height * place.width * place.channels
 
@@ -84,9 +99,9 @@ def _launches(step: Any) -> list[tuple[str, int, int]]:
         return [("pick", _size(step.source) + (1 + step.adds) * _size(step.target), 0)]
     if isinstance(step, Gate):
         size = _size(step.target)
-        return [("gate", (2 + step.adds) * size + _size(step.gate), size)]
+        return [("gate", _size(step.image) + _size(step.gate) + (1 + step.adds) * size, size)]
     if isinstance(step, GateGradient):
-        size = _size(step.image)
+        size = _size(step.gradient)
         return [("gate_gradient", 2 * size + 2 * _size(step.target), 2 * size)]
     if isinstance(step, Pool):
         return [("pool", _size(step.x) + _size(step.y), 0)]

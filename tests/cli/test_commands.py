@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nascompile.compiler.prune import prune
+from nascompile.kernels import native
 from tests.cli.conftest import TINY, CommandLine
 
 ARCHITECTURE = {"first": 0, "second": 1, "skip": 0}
@@ -35,6 +36,35 @@ def test_explain_names_every_choice_and_candidate_cost(cli: CommandLine) -> None
 
 def test_explain_json_is_json(cli: CommandLine) -> None:
     assert "first" in json.dumps(json.loads(cli.good("explain", cli.write(), "--json")))
+
+
+IMAGES = """
+import torch
+from torch import nn
+from nascompile.mutables import LayerChoice
+
+def model():
+    layers = [nn.Sequential(nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1)), nn.MaxPool2d(3, 1, 1)]
+    return nn.Sequential(LayerChoice(layers, key="one"), nn.BatchNorm2d(4))
+
+example_inputs = torch.randn(3, 4, 6, 6)
+"""
+
+
+@pytest.mark.skipif(native.load()[0] is None, reason="needs the C++ extension")
+def test_explain_measures_choices(cli: CommandLine) -> None:
+    path = cli.write(IMAGES)
+    predicted = cli.good("explain", path)
+    assert "a batch of 3" in predicted
+    assert "predicted" in predicted
+    assert "measured" not in predicted
+    measured = cli.good("explain", path, "--measure", "--batch-size", "5", "--all")
+    assert "a batch of 5" in measured
+    assert "measured" in measured
+    assert "a whole step" in measured
+    (edge,) = json.loads(cli.good("explain", path, "--json"))["edges"]["edges"]
+    assert edge["key"] == "one"
+    assert edge["predicted"]["plan"] > 0
 
 
 @pytest.mark.parametrize("suffix", [".svg", ".png"])

@@ -20,6 +20,7 @@ from nascompile.compiler.region.plan import Plan
 from nascompile.kernels.plan import barriers_reference, reference
 from nascompile.kernels.plan.program import Program
 from nascompile.kernels.plan.state import State
+from nascompile.kernels.plan.steps import NONE
 
 
 @dataclass
@@ -38,11 +39,14 @@ def lives_at(buffer: Buffer, phase: int) -> bool:
 def overlaps(built: Built) -> list[tuple[str, str]]:
     """The buffers that live at one time in one place: none, or the plan is wrong."""
     used = [b for b in built.buffers if b.is_vector or b.last >= 0]
+    images = built.plan.settings.images
+    # where every image has memory of its own, that of the first one
+    size = {id(b): b.floats if b.image == NONE else b.floats // images for b in used}
     return [
         (one.name, other.name)
         for index, one in enumerate(used)
         for other in used[:index]
-        if one.offset < other.offset + other.floats and other.offset < one.offset + one.floats
+        if one.offset < other.offset + size[id(other)] and other.offset < one.offset + size[id(one)]
         if one.is_vector or other.is_vector or (one.first <= other.last and other.first <= one.last)
     ]
 
@@ -53,11 +57,16 @@ def simulated(seed: int = 0) -> Iterator[list[Built]]:
     made: list[Built] = []
     laid_out: list[list[Buffer]] = []
     original_lay_out, original_build = plans.lay_out, plans.build
+    original_lay_out_images = plans.lay_out_images
     order = random.Random(seed)
 
     def lay_out(buffers: Any) -> int:
         laid_out.append(list(buffers))
         return original_lay_out(laid_out[-1])
+
+    def lay_out_images(buffers: Any, images: int) -> int:
+        laid_out.append(list(buffers))
+        return original_lay_out_images(laid_out[-1], images)
 
     def build(*args: Any) -> Plan:
         made.append(Built(original_build(*args), []))
@@ -77,6 +86,7 @@ def simulated(seed: int = 0) -> Iterator[list[Built]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plans, "lay_out", lay_out)
+        patch.setattr(plans, "lay_out_images", lay_out_images)
         patch.setattr(region, "build", build)
         patch.setattr(region, "EXECUTORS", (replace(REFERENCE, name="simulated", run=run),))
         yield made
@@ -133,7 +143,9 @@ def _run(
 
 
 def _poison(slab: Tensor, buffers: Sequence[Buffer], phase: int) -> None:
-    """nan wherever no buffer lives."""
+    """nan wherever no buffer lives; not where every image has memory of its own, by steps and not by phases."""
+    if any(buffer.image != NONE for buffer in buffers):
+        return
     lives = torch.zeros(slab.numel(), dtype=torch.bool)
     for buffer in buffers:
         if buffer.offset >= 0 and lives_at(buffer, phase):
