@@ -131,7 +131,7 @@ class BuildWithCMake(build_ext):
             if asked == "1":
                 raise SystemExit(f"nascompile: the extension cannot be built: {reason}") from reason
             log(f"the extension is not built: {reason}. Installing as pure Python (see `nascompile doctor`)")
-            # what was not built must not be copied, and what an earlier build left in the checkout is out of date
+            # what was not built must not be copied, and what an earlier build left is out of date
             self.extensions = []
             if self.inplace or getattr(self, "editable_mode", False):
                 for stale in (ROOT / "nascompile").glob("_C*.so"):

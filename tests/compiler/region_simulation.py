@@ -143,7 +143,7 @@ def _run(
 
 
 def _poison(slab: Tensor, buffers: Sequence[Buffer], phase: int) -> None:
-    """nan wherever no buffer lives; not where every image has memory of its own, by steps and not by phases."""
+    """nan wherever no buffer lives; not where every image has memory of its own, in use by steps."""
     if any(buffer.image != NONE for buffer in buffers):
         return
     lives = torch.zeros(slab.numel(), dtype=torch.bool)
