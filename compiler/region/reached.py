@@ -57,4 +57,4 @@ def _is_held(flat: Tensor) -> bool:
     """Whether anyone else has a tensor in the memory of `flat`."""
     storage = flat.untyped_storage()
     # `flat` and `storage` themselves
-    return torch._C._storage_Use_Count(storage._cdata) > 2  # type: ignore[attr-defined]
+    return torch._C._storage_Use_Count(storage._cdata) > 2
