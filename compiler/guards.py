@@ -54,6 +54,7 @@ class Guards:
         self._modules: dict[int, nn.Module] = {}
         self._places: list[tuple[dict[str, Any], str, nn.Module]] = []
         self._checks: list[Callable[[], bool]] = []
+        self._children: list[tuple[nn.Module, int]] = []
         self._fast: _Fast | None = None
 
     def saw(self, module: nn.Module, name: str, value: Any) -> None:
@@ -75,6 +76,12 @@ class Guards:
     def placed(self, module: nn.Module, place: tuple[dict[str, Any], str]) -> None:
         """Record that the trace counts on `module` at its place in its parent."""
         self._places.append((*place, module))
+
+    def complete(self, model: nn.Module) -> None:
+        """Record that no module of the model gains or loses children; the trace is over."""
+        modules = model.modules()
+        self._children = [(m, len(m._modules)) for m in modules if m._modules or _is_container(m)]
+        self._fast = self._make_fast()
 
     def also(self, check: Callable[[], bool]) -> None:
         """Record a condition of the trace that is quicker to check as a whole."""
@@ -124,10 +131,16 @@ class Guards:
                 found[f"{type(module).__name__}.{name}"] = value
         return found
 
+    def _make_fast(self) -> _Fast:
+        return _Fast(
+            *(self.mark(), self._attributes.values(), self._places),
+            *(self._modules.values(), self._children),
+        )
+
     def hold(self) -> bool:
         """Whether everything the trace took for granted is still so."""
         if self._fast is None or self._fast.mark != self.mark():
-            self._fast = _Fast(self.mark(), self._attributes.values(), self._places, self._modules.values())
+            self._fast = self._make_fast()
         return self._fast.holds() and all(check() for check in self._checks)
 
 
@@ -150,7 +163,7 @@ class Entries:
         return all(map(operator.is_not, map(dict.get, self._dicts, self._names), self._values))
 
 
-class Settings:
+class ModuleSettings:
     """That modules have the settings, hooks and parameters that they had; `names` gives the attributes of
     each."""
 
@@ -160,20 +173,41 @@ class Settings:
         self._plain = plain
         self._same = Entries(plain)
         self._modules = [held for _, held, _ in leaves]
+        self._leaves = [module for module, _, _ in leaves]
+        self._classes = list(map(type, self._leaves))
         self._parameters = [
             (module._parameters, name, value is None)
             for module, _, _ in leaves
             for name, value in module._parameters.items()
         ]
+        self._parameters += [
+            (module._buffers, name, value is None)
+            for module, _, _ in leaves
+            for name, value in module._buffers.items()
+        ]
         self._absent = Entries((held, name, None) for held, name, is_none in self._parameters if is_none)
         self._present = Entries((held, name, None) for held, name, is_none in self._parameters if not is_none)
         self._own_forward = Entries((held, "forward", None) for held in self._modules)
+
+    @contextmanager
+    def as_they_were(self) -> Iterator[None]:
+        """Let the modules have their settings again meanwhile."""
+        changed = [(held, name, held[name]) for held, name, value in self._plain if held[name] is not value]
+        try:
+            for held, name, value in self._plain:
+                held[name] = value
+            yield
+        finally:
+            for held, name, value in changed:
+                held[name] = value
 
     def hold(self) -> bool:
         """Whether nothing has changed."""
         if not self._same.are_same() and any(held.get(name) != value for held, name, value in self._plain):
             return False
         if any(map(any, map(_HOOKS_OF, self._modules))) or not self._own_forward.are_same():
+            return False
+        if list(map(type, self._leaves)) != self._classes:
             return False
         return self._absent.are_same() and self._present.are_other()
 
@@ -187,8 +221,16 @@ class _Fast:
         attributes: Iterable[tuple[nn.Module, str, Any, Any]],
         places: Iterable[tuple[dict[str, Any], str, nn.Module]],
         modules: Iterable[nn.Module],
+        children: Iterable[tuple[nn.Module, int]],
     ) -> None:
         self.mark = mark
+        modules = list(modules)
+        self._own_forward = Entries(
+            (module.__dict__, "forward", module.__dict__.get("forward")) for module in modules
+        )
+        self._classes = [(module, type(module)) for module in modules]
+        self._children = [module._modules for module, _ in children]
+        self._lengths = [length for _, length in children]
         scalars, self._others = (
             list[tuple[nn.Module, str, Any, Any]](),
             list[tuple[nn.Module, str, Any, Any]](),
@@ -207,7 +249,15 @@ class _Fast:
             return False
         if not all(map(_is_as_before, self._others)) or not self._placed.are_same():
             return False
+        if list(map(len, self._children)) != self._lengths or not self._own_forward.are_same():
+            return False
+        if any(type(module) is not kind for module, kind in self._classes):
+            return False
         return not any(map(any, map(_HOOKS_OF, self._modules)))
+
+
+def _is_container(module: nn.Module) -> bool:
+    return isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict)
 
 
 def _is_as_before(row: tuple[nn.Module, str, Any, Any]) -> bool:

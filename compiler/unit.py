@@ -122,6 +122,7 @@ class Unit:
             entry.notes[self.path] = "the model itself is a choice: there is no graph around it"
         elif trace(tracer):
             self._compile(entry, tracer)
+        tracer.guards.complete(self.model)
         entry.islands.update(tracer.islands)
         entry.notes.update(tracer.notes)
         entry.has_scopes = tracer.has_scopes

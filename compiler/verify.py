@@ -91,7 +91,9 @@ def difference_under(
 def _has_values(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     leaves = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
     real = all(type(leaf) in (Tensor, nn.Parameter) and not leaf.is_meta for leaf in leaves)
-    return real and torch._C._get_tracing_state() is None and not torch.compiler.is_compiling()
+    functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
+    plain = functorch.maybe_current_level() is None and torch._C._get_tracing_state() is None
+    return real and plain and not torch.compiler.is_compiling()
 
 
 @contextmanager
@@ -99,8 +101,10 @@ def state_kept(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     """Put the model's buffers and attributes, the arguments and all random states back afterwards."""
     tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
     plain = [v for m in model.modules() for v in m.__dict__.values() if isinstance(v, Tensor)]
-    kept = [(tensor, tensor.detach().clone()) for tensor in [*model.buffers(), *plain, *tensors]]
-    devices = sorted({t.device.index or 0 for t, _ in kept if t.device.type == "cuda"})
+    kept = [
+        (tensor, tensor.detach().clone(), _version(tensor)) for tensor in [*model.buffers(), *plain, *tensors]
+    ]
+    devices = sorted({t.device.index or 0 for t, _, _ in kept if t.device.type == "cuda"})
     numpy_state, python_state = numpy.random.get_state(), random.getstate()
     attributes = _attributes(model)
     try:
@@ -110,10 +114,19 @@ def state_kept(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         for values, before in attributes:
             put_back(values, before)
         with torch.no_grad():
-            for tensor, before in kept:
-                tensor.copy_(before)
+            for tensor, before, version in kept:
+                # what nobody wrote to may be memory that cannot be written to
+                if version is None or tensor._version != version:
+                    tensor.copy_(before)
+                if version is not None:
+                    # nor does autograd have to know: the tensor is what it was
+                    torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
         numpy.random.set_state(numpy_state)
         random.setstate(python_state)
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
 
 
 def _attributes(model: nn.Module) -> list[tuple[Any, Any]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -68,7 +70,8 @@ def bench(
     )
     folder = JobFolder(out or Path("runs") / f"{model.stem}-bench")
     _check_folder(folder.path)
-    console = Console(highlight=False)
+    # in a file or a pipe nothing is cut off
+    console = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
     recipe = partial(from_file, model, batch_size, seed)
     with console.status("") as status:
         report = run_bench(recipe, settings, say=status.update, title=f"{model.name}, {settings.decision}")

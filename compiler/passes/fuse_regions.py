@@ -11,13 +11,12 @@ from torch import fx, nn
 
 from nascompile.compiler.candidates import Candidate
 from nascompile.compiler.codegen import as_function, graph_module
-from nascompile.compiler.guards import Guards, Settings
+from nascompile.compiler.guards import Guards
 from nascompile.compiler.inplace import base_of, changed_values
 from nascompile.compiler.lower import LoweredChoice, LoweredLayerChoice
 from nascompile.compiler.passes.fuse_weighted_sums import fuse_weighted_sums
 from nascompile.compiler.passes.share_prefixes import share_prefixes
 from nascompile.compiler.region.members import Members
-from nascompile.compiler.region.operations import settings_of
 from nascompile.compiler.region.region import Region
 from nascompile.compiler.region.rewrites import REWRITES
 
@@ -34,7 +33,8 @@ def fuse_regions(gm: fx.GraphModule) -> int:
     members, made = Members(gm), 0
     for nodes in _parts(gm, members):
         _guard(gm, _modules(gm, nodes), _candidates(members, nodes))
-        _replace(gm, members, nodes, f"region_{made}")
+        region = _replace(gm, members, nodes, f"region_{made}")
+        gm.meta["guards"].also(region.settings.hold)
         made += 1
     if made:
         _sort(gm.graph)
@@ -199,7 +199,6 @@ def _guard(
 ) -> None:
     guards: Guards = gm.meta["guards"]
     places = gm.meta["tracer"].places
-    leaves: dict[nn.Module, None] = dict.fromkeys(modules.values())
     for module in modules.values():
         if module in places:
             guards.placed(module, places[module])
@@ -210,10 +209,8 @@ def _guard(
                 if node.op == "call_module":
                     path = "" if node.target == "self" else str(node.target)
                     leaf = module.get_submodule(path)
-                    leaves[leaf] = None
                     if path and leaf in places:
                         guards.placed(leaf, places[leaf])
-    guards.also(Settings(leaves, settings_of).hold)
 
 
 def _sort(graph: fx.Graph) -> None:

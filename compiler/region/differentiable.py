@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +12,20 @@ from torch import Tensor
 from nascompile.compiler.decision import Selection
 from nascompile.compiler.mutables import forced_mutator
 from nascompile.compiler.region.decisions import Decided
+from nascompile.compiler.region.ir import TensorRef
+
+
+@contextmanager
+def _put_in_place(tensors: Sequence[tuple[TensorRef, Tensor]]) -> Iterator[None]:
+    """Let modules have these tensors meanwhile."""
+    kept = [(ref.dictionary, ref.name, ref.value) for ref, _ in tensors]
+    try:
+        for ref, tensor in tensors:
+            ref.dictionary[ref.name] = tensor
+        yield
+    finally:
+        for dictionary, name, tensor in kept:
+            dictionary[name] = tensor
 
 
 def differentiable(
@@ -31,16 +46,12 @@ def differentiable(
             # a mean divides by the number chosen once more
             factor = len(selection.indices) if is_mean else 1
             selections[key] = Selection(selection.indices, vector * factor)
-    # copies of the running statistics, for the step has updated them already
-    kept = [(ref, ref.value) for ref in execution.buffers]
-    try:
-        for ref, tensor in kept:
-            ref.module._buffers[ref.name] = tensor.clone()
-        with forced_mutator(Decided(selections)):
-            outputs = ctx.fallback(*tensors)
-    finally:
-        for ref, tensor in kept:
-            ref.module._buffers[ref.name] = tensor
+    # copies of the running statistics, for the step has updated them already; the parameters and settings of
+    # the forward pass, for those of the modules may be others by now (functional_call, eval)
+    statistics = [(ref, ref.value.clone()) for ref in execution.buffers]
+    before = [*statistics, *zip(execution.parameters, parameters, strict=True)]
+    with _put_in_place(before), execution.settings.as_they_were(), forced_mutator(Decided(selections)):
+        outputs = ctx.fallback(*tensors)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     pairs = [
         (out, grad)

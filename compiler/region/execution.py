@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import operator
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nascompile.compiler.guards import ModuleSettings
 from nascompile.compiler.region.copies import Copies, DenseTensors, buffers_of, parameters_of, running_of
 from nascompile.compiler.region.decisions import Decisions
 from nascompile.compiler.region.differentiable import differentiable
@@ -34,29 +36,36 @@ FLAG_LIMIT = 4096
 """Decisions whose flags are kept."""
 
 
+KEPT = 2
+"""Pieces of memory that a region keeps between steps: maps, and what a program works in."""
+
+
 class Memory:
     """The slabs of a region's plans, and copies of its tensors, used again and again: fresh pages are slow,
     and plans take turns."""
 
     def __init__(self) -> None:
         self._free: list[Tensor] = []
+        # models are used by several threads, and leases are given back by whichever collects them
+        self._lock = threading.RLock()
         self.copies = Copies()
 
     def lease(self, floats: int, executor: Executor) -> Lease:
         """Memory of at least so many elements, until the lease is given back or forgotten."""
-        fitting = [slab for slab in self._free if slab.dtype == executor.dtype and slab.numel() >= floats]
-        if fitting:
-            slab = min(fitting, key=Tensor.numel)
-            self._free = [other for other in self._free if other is not slab]
-        else:
+        with self._lock:
+            fitting = [slab for slab in self._free if slab.dtype == executor.dtype and slab.numel() >= floats]
+            if fitting:
+                slab = min(fitting, key=Tensor.numel)
+                self._free = [other for other in self._free if other is not slab]
+                return Lease(self, slab)
             # what is too small will be so again
             self._free = []
-            slab = new_memory(floats, executor)
-        return Lease(self, slab)
+        return Lease(self, new_memory(floats, executor))
 
     def take_back(self, slab: Tensor) -> None:
-        """Keep a slab for the next lease."""
-        self._free.append(slab)
+        """Keep a slab for the next lease, and no more than a step in the usual order needs."""
+        with self._lock:
+            self._free = [*self._free, slab][-KEPT:]
 
 
 class Lease:
@@ -91,8 +100,8 @@ class Execution:
     their place in it.
     """
 
-    def __init__(self, plan: Plan, wanted: Wanted | None, memory: Memory) -> None:
-        self.plan, self.wanted = plan, wanted
+    def __init__(self, plan: Plan, wanted: Wanted | None, memory: Memory, settings: ModuleSettings) -> None:
+        self.plan, self.wanted, self.settings = plan, wanted, settings
         self.parameters = parameters_of(plan.graph)
         self.buffers = buffers_of(plan.graph)
         self.shapes = [ref.value.shape for ref in self.parameters]

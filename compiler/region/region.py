@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from nascompile.compiler.candidates import Candidate
+from nascompile.compiler.guards import ModuleSettings
 from nascompile.compiler.lower import LoweredChoice
 from nascompile.compiler.region.copies import parameters_of
 from nascompile.compiler.region.decisions import Decisions, choice_length, read_decisions
@@ -17,6 +18,7 @@ from nascompile.compiler.region.execution import Execution, Memory, call
 from nascompile.compiler.region.executors import EXECUTORS, Executor
 from nascompile.compiler.region.gradients import Wanted
 from nascompile.compiler.region.ir import Unsupported, Weight
+from nascompile.compiler.region.operations import settings_of
 from nascompile.compiler.region.plan import Plan, build
 from nascompile.compiler.region.read import read
 from nascompile.compiler.region.settings import Settings, read_borders
@@ -75,6 +77,8 @@ class Region:
         self._executions: dict[Any, Execution | Function] = {}
         self._parts: dict[frozenset[fx.Node], tuple[Function, list[Region]]] = {}
         self._memory = Memory()
+        self.settings = ModuleSettings(self._leaves(), settings_of)
+        """Of the modules inside: guards of the trace, and what a differentiable backward needs again."""
 
     def __call__(self, *tensors: Tensor) -> Any:
         strange = strangers(tensors)
@@ -97,6 +101,16 @@ class Region:
         as_written = boundary.as_written(self.fallback)
         outputs = boundary.call(lambda wide: call(execution, decisions, wide, as_written), tensors)
         return outputs[0] if len(outputs) == 1 else outputs
+
+    def _leaves(self) -> list[nn.Module]:
+        """The modules that a region reads, each once."""
+        found: dict[nn.Module, None] = dict.fromkeys(self._modules.values())
+        for module, candidate in (pair for pairs in self._candidates.values() for pair in pairs):
+            for node in candidate.graph.nodes:
+                if node.op == "call_module":
+                    path = "" if node.target == "self" else str(node.target)
+                    found[module.get_submodule(path)] = None
+        return list(found)
 
     @property
     def plans(self) -> list[Plan]:
@@ -189,7 +203,7 @@ class Region:
             slots=slots,
             without=self._without,
         )
-        return Execution(build(graph, settings, wanted), wanted, self._memory)
+        return Execution(build(graph, settings, wanted), wanted, self._memory, self.settings)
 
     def _wanted(self, graph: Any, tensors: Sequence[Tensor], decisions: Decisions) -> Wanted:
         return Wanted(
@@ -246,6 +260,8 @@ def _why_not_now(device: str) -> str | None:
     functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
     if functorch.maybe_current_level() is not None or torch._C._len_torch_dispatch_stack() > 0:
         return "a transformation of functions or a dispatch mode is active"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
     if torch._C._get_tracing_state() is not None or torch.compiler.is_compiling():
         return "the program is being traced"
     autograd: Any = torch._C._autograd  # type: ignore[attr-defined]
