@@ -23,6 +23,8 @@ _TOLERANCE = 2e-2
 # in bf16 a DARTS supernet of eight cells is itself 2.6 % off
 _TOLERANCE_BF16 = 0.16
 
+_AUTOGRAD: Any = torch._C._autograd  # type: ignore[attr-defined]
+
 
 class EverythingChosen(Mutator):
     """Decides, without being bound, for every layer with equal weights and for as many inputs as each choice
@@ -120,7 +122,7 @@ def state_kept(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
                     tensor.copy_(before)
                 if version is not None:
                     # nor does autograd have to know: the tensor is what it was
-                    torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
+                    _AUTOGRAD._unsafe_set_version_counter((tensor,), (version,))
         numpy.random.set_state(numpy_state)
         random.setstate(python_state)
 

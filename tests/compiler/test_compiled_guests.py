@@ -18,7 +18,7 @@ from nascompile.mutables import LayerChoice
 from tests.comparing import Decided, assert_close
 from tests.compiler.region_steps import regions
 
-TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
+TOLERANCE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
 
 
 def unit() -> nn.Sequential:
@@ -94,12 +94,8 @@ def second_order(swapped: bool, change: Callable[[Net], object] | None) -> Calla
             change(model)
         wanted = [*given.values(), *weights.values()]
         first = torch.autograd.grad(out.square().mean(), wanted, create_graph=True)
-        return [
-            *first,
-            *torch.autograd.grad(
-                sum(g.square().sum() for g in first), list(weights.values()), allow_unused=True
-            ),
-        ]
+        size = torch.stack([gradient.square().sum() for gradient in first]).sum()
+        return [*first, *torch.autograd.grad(size, list(weights.values()), allow_unused=True)]
 
     return run
 
