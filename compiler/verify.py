@@ -103,8 +103,10 @@ def state_kept(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     """Put the model's buffers and attributes, the arguments and all random states back afterwards."""
     tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
     plain = [v for m in model.modules() for v in m.__dict__.values() if isinstance(v, Tensor)]
+    held = {id(tensor): tensor for tensor in (*model.buffers(), *plain)}
     kept = [
-        (tensor, tensor.detach().clone(), _version(tensor)) for tensor in [*model.buffers(), *plain, *tensors]
+        (tensor, tensor.detach().clone(), _version(tensor))
+        for tensor in {**held, **{id(leaf): leaf for leaf in tensors}}.values()
     ]
     devices = sorted({t.device.index or 0 for t, _, _ in kept if t.device.type == "cuda"})
     numpy_state, python_state = numpy.random.get_state(), random.getstate()
@@ -117,8 +119,9 @@ def state_kept(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             put_back(values, before)
         with torch.no_grad():
             for tensor, before, version in kept:
-                # what nobody wrote to may be memory that cannot be written to
-                if version is None or tensor._version != version:
+                # an argument that nobody wrote to may be read-only memory; BatchNorm writes to its statistics
+                # without a new version
+                if id(tensor) in held or version is None or tensor._version != version:
                     tensor.copy_(before)
                 if version is not None:
                     # nor does autograd have to know: the tensor is what it was
