@@ -36,8 +36,8 @@ FLAG_LIMIT = 4096
 """Decisions whose flags are kept."""
 
 
-KEPT = 2
-"""Pieces of memory that a region keeps between steps: maps, and what a program works in."""
+KEPT = 4
+"""Pieces of memory that a region keeps between steps: what a program works in, the maps of three graphs."""
 
 
 class Memory:
