@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import nascompile
 from nascompile.compiler.region.profiling import Entry, profiling
+from nascompile.compiler.roofline import fastest
 from nascompile.darts import DartsMutator
 from nascompile.spaces import DartsNetwork, MBConvNetwork, NASBench201Network
 
@@ -44,21 +44,13 @@ def kind_of(label: str) -> str:
     return f"{'pointwise' if 'pointwise' in label and not separable else what}{backward}"
 
 
-def fastest(work: Callable[[], object], repeats: int) -> float:
-    """Seconds of the fastest of some runs."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
 def ceilings() -> tuple[float, float]:
     """GFLOP/s of matrix products, GB/s of a sum over a large tensor; of all threads together."""
     a, b = torch.randn(2, 1024, 1024)
     large = torch.ones(2**27)
-    return 2 * 1024**3 / fastest(lambda: a @ b, 9) / 1e9, 4 * 2**27 / fastest(large.sum, 5) / 1e9
+    return 2 * 1024**3 / fastest(lambda: a @ b, rounds=9) / 1e9, 4 * 2**27 / fastest(
+        large.sum, rounds=5
+    ) / 1e9
 
 
 def main() -> None:
@@ -98,7 +90,8 @@ def main() -> None:
     whole = sum(row.seconds for row in kinds.values())
     print(f"{options.space}, batch {options.batch_size}, {options.threads} threads; rates of one thread")
     print(f"ceilings: {flops / options.threads:.0f} GFLOP/s, {bandwidth / options.threads:.1f} GB/s a thread")
-    print(f"seconds of threads in a step: {whole:.3f}; a step takes {fastest(step, options.repeats):.3f} s")
+    wall = fastest(step, rounds=options.repeats)
+    print(f"seconds of threads in a step: {whole:.3f}; a step takes {wall:.3f} s")
     print("| step | share | GFLOP/s | GB/s |")
     print("| --- | --- | --- | --- |")
     for (direction, kind), row in sorted(kinds.items(), key=lambda item: -item[1].seconds):

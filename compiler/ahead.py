@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from nascompile.compiler.candidates import Candidate, read_once
+from nascompile.compiler.candidates import Candidate, called_module, read_once
 from nascompile.compiler.region.members import why_not_operation
 from nascompile.compiler.region.region import Region
 from nascompile.compiler.resolving import Input, Method, Reduction
@@ -200,8 +200,7 @@ class _Graph:
             else:
                 copied = known[node] = self._note(number, self.fx.node_copy(node, known.__getitem__))
                 if node.op == "call_module":
-                    leaf = module if node.target == "self" else module.get_submodule(str(node.target))
-                    copied.target = self._path(leaf)
+                    copied.target = self._path(called_module(module, node))
         raise AssertionError("a graph without an output")
 
     def _path(self, module: nn.Module) -> str:

@@ -76,6 +76,11 @@ _STATELESS_FUNCTIONS = frozenset(
 )
 
 
+def called_module(candidate: nn.Module, call: fx.Node) -> nn.Module:
+    """The module that a call in the graph of a candidate names; "self" is the candidate."""
+    return candidate if call.target == "self" else candidate.get_submodule(str(call.target))
+
+
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """`prefix`: the leading stateless nodes, their targets relative to the candidate; `keys`: equal for equal

@@ -175,18 +175,14 @@ class ModuleSettings:
         self._modules = [held for _, held, _ in leaves]
         self._leaves = [module for module, _, _ in leaves]
         self._classes = list(map(type, self._leaves))
-        self._parameters = [
-            (module._parameters, name, value is None)
-            for module, _, _ in leaves
-            for name, value in module._parameters.items()
+        tensors = [
+            (held, name, value)
+            for module in self._leaves
+            for held in (module._parameters, module._buffers)
+            for name, value in held.items()
         ]
-        self._parameters += [
-            (module._buffers, name, value is None)
-            for module, _, _ in leaves
-            for name, value in module._buffers.items()
-        ]
-        self._absent = Entries((held, name, None) for held, name, is_none in self._parameters if is_none)
-        self._present = Entries((held, name, None) for held, name, is_none in self._parameters if not is_none)
+        self._absent = Entries((held, name, None) for held, name, value in tensors if value is None)
+        self._present = Entries((held, name, None) for held, name, value in tensors if value is not None)
         self._own_forward = Entries((held, "forward", None) for held in self._modules)
 
     @contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from nascompile.compiler.candidates import Candidate
+from nascompile.compiler.candidates import Candidate, called_module
 from nascompile.compiler.codegen import as_function, graph_module
 from nascompile.compiler.guards import Guards
 from nascompile.compiler.inplace import base_of, changed_values
@@ -207,9 +207,8 @@ def _guard(
             candidate.guard(module, guards, (target.choice._modules, name))
             for node in candidate.graph.nodes:
                 if node.op == "call_module":
-                    path = "" if node.target == "self" else str(node.target)
-                    leaf = module.get_submodule(path)
-                    if path and leaf in places:
+                    leaf = called_module(module, node)
+                    if leaf is not module and leaf in places:
                         guards.placed(leaf, places[leaf])
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from nascompile.compiler.candidates import Candidate
+from nascompile.compiler.candidates import Candidate, called_module
 from nascompile.compiler.lower import LoweredChoice, LoweredInputChoice, LoweredLayerChoice
 from nascompile.compiler.region.executors import Executor
 from nascompile.compiler.region.functions import Env, apply_function
@@ -91,7 +91,7 @@ def _layer_choice(
 def _candidate(graph: Graph, module: nn.Module, candidate: Candidate, source: Value, owner: Weight) -> Value:
     env: Env = {}
     modules = {
-        str(node.target): module if node.target == "self" else module.get_submodule(str(node.target))
+        str(node.target): called_module(module, node)
         for node in candidate.graph.nodes
         if node.op == "call_module"
     }

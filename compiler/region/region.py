@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx, nn
 
-from nascompile.compiler.candidates import Candidate
+from nascompile.compiler.candidates import Candidate, called_module
 from nascompile.compiler.guards import ModuleSettings
 from nascompile.compiler.lower import LoweredChoice
 from nascompile.compiler.region.copies import parameters_of
@@ -108,8 +108,7 @@ class Region:
         for module, candidate in (pair for pairs in self._candidates.values() for pair in pairs):
             for node in candidate.graph.nodes:
                 if node.op == "call_module":
-                    path = "" if node.target == "self" else str(node.target)
-                    found[module.get_submodule(path)] = None
+                    found[called_module(module, node)] = None
         return list(found)
 
     @property

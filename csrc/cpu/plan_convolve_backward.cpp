@@ -87,9 +87,9 @@ bool is_pointwise(const plan::ConvolveBackward& step) {
       step.x.height == step.y_height && step.x.width == step.y_width;
 }
 
-// The tile of a separable convolution holds all its channels, as that of a pointwise one. Otherwise one vector of channels after another goes over the
-// tile: it should be large, for the gradients of the weights are read and written once for each, and the channels of x
-// that a dense gradient goes over again and again should fit the nearest cache.
+// The tile of a separable convolution holds all its channels, as that of a pointwise one. Otherwise one vector of channels
+// after another goes over the tile: it should be large, for the gradients of the weights are read and written once for
+// each, and the channels of x that a dense gradient goes over again and again should fit the nearest cache.
 int64_t backward_rows(const plan::ConvolveBackward& step) {
   const int64_t channels = std::max(step.x.channels, step.y_channels);
   const int64_t pixels = is_separable(step) ? kTileFloats / channels

@@ -52,40 +52,6 @@ struct Steps {
   }
 };
 
-// sums[n][p] += sum over taps and channels i of weights[tap.weight, i, n-th vector] * source of p[tap.offset + i]
-template <int kPixels, int kVecs, typename Pixels>
-NASCOMPILE_INLINE void multiply_streamed(
-    const Dense& call, const Pixels& pixels, int64_t channel, Vec (&sums)[kVecs][kPixels]) {
-  const plan::Tap* const end = call.taps + call.count;
-  for (const plan::Tap* tap = call.taps; tap != end; ++tap) {
-    const float* weights = call.weights + tap->weight * call.in * call.out + channel;
-    const float* values[kPixels];
-#pragma GCC unroll 16
-    for (int p = 0; p < kPixels; ++p) {
-      values[p] = pixels.from(p) + tap->offset;
-    }
-    for (int64_t i = 0; i < call.in; i += kUnroll) {
-#pragma GCC unroll 2
-      for (int u = 0; u < kUnroll; ++u) {
-        Vec weight[kVecs];
-#pragma GCC unroll 3
-        for (int n = 0; n < kVecs; ++n) {
-          weight[n] = Vec::loadu(weights + n * kLane);
-        }
-        weights += call.out;
-#pragma GCC unroll 16
-        for (int p = 0; p < kPixels; ++p) {
-          const Vec value(values[p][i + u]);
-#pragma GCC unroll 3
-          for (int n = 0; n < kVecs; ++n) {
-            sums[n][p] = at::vec::fmadd(value, weight[n], sums[n][p]);
-          }
-        }
-      }
-    }
-  }
-}
-
 // The weights of one tap from 16 channels to one vector, which stay in registers for all pixels.
 struct Held {
   static constexpr int kIn = 16;
@@ -116,12 +82,40 @@ struct Held {
   }
 };
 
-// Weights that are loaded for every block of pixels.
+// Weights that are loaded for every block of pixels: sums[n][p] += sum over taps and channels i of
+// weights[tap.weight, i, n-th vector] * source of p[tap.offset + i].
 struct Streamed {
   template <int kPixels, int kVecs, typename Pixels>
   NASCOMPILE_INLINE void multiply(
       const Dense& call, const Pixels& pixels, int64_t channel, Vec (&sums)[kVecs][kPixels]) const {
-    multiply_streamed<kPixels, kVecs>(call, pixels, channel, sums);
+    const plan::Tap* const end = call.taps + call.count;
+    for (const plan::Tap* tap = call.taps; tap != end; ++tap) {
+      const float* weights = call.weights + tap->weight * call.in * call.out + channel;
+      const float* values[kPixels];
+#pragma GCC unroll 16
+      for (int p = 0; p < kPixels; ++p) {
+        values[p] = pixels.from(p) + tap->offset;
+      }
+      for (int64_t i = 0; i < call.in; i += kUnroll) {
+#pragma GCC unroll 2
+        for (int u = 0; u < kUnroll; ++u) {
+          Vec weight[kVecs];
+#pragma GCC unroll 3
+          for (int n = 0; n < kVecs; ++n) {
+            weight[n] = Vec::loadu(weights + n * kLane);
+          }
+          weights += call.out;
+#pragma GCC unroll 16
+          for (int p = 0; p < kPixels; ++p) {
+            const Vec value(values[p][i + u]);
+#pragma GCC unroll 3
+            for (int n = 0; n < kVecs; ++n) {
+              sums[n][p] = at::vec::fmadd(value, weight[n], sums[n][p]);
+            }
+          }
+        }
+      }
+    }
   }
 };
 
