@@ -14,6 +14,7 @@
 
 #include "cpu/isa.h"
 #include "ops.h"
+#include "plan_ahead.h"
 #include "plan_barriers.h"
 #include "plan_check.h"
 
@@ -177,6 +178,10 @@ void run_steps(
     const plan::Run& run, const Operation* begin, const Operation* end, float* memory, int64_t tile, const Clock& clock) {
   const plan::Header& header = run.header();
   const auto kernel = NASCOMPILE_PICK(plan_step);
+  plan::Readings readings;
+  for (const Operation* step = begin; step != end; ++step) {
+    readings.add(step->kind, step->fields, run.program, run.flags);
+  }
   share_out(header.chunks, [&](int64_t first, int64_t last) {
     for (int64_t chunk = first; chunk < last; ++chunk) {
       plan::Image image{
@@ -189,10 +194,14 @@ void run_steps(
           run.scratch(chunk),
           memory + chunk * tile,
           0,
-          run.streams};
+          run.streams,
+          nullptr};
       const int64_t stop = header.images * (chunk + 1) / header.chunks;
+      plan::Ahead ahead(readings, run.slab, stop);
+      image.ahead = &ahead;
       for (image.number = header.images * chunk / header.chunks; image.number < stop; ++image.number) {
         for (const Operation* step = begin; step != end; ++step) {
+          ahead.begin(image.number, step - begin);
           clock.time(chunk, step->number, [&] { kernel(step->kind, step->fields, image); });
         }
       }

@@ -85,9 +85,18 @@ class Lease:
         self.give_back()
 
 
+def huge(floats, executor):
+    import mmap, os
+    if executor.device != "cpu" or os.environ.get("NOHUGE"):
+        return torch.empty(floats, dtype=executor.dtype, device=executor.device)
+    held = mmap.mmap(-1, max(floats,1) * executor.dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    held.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(held, dtype=executor.dtype)
+
+
 def new_memory(floats: int, executor: Executor) -> Tensor:
     """Memory of the executor's type, aligned as programs need it."""
-    memory = torch.empty(floats + ALIGNMENT, dtype=executor.dtype, device=executor.device)
+    memory = huge(floats + ALIGNMENT, executor)
     skip = -memory.data_ptr() // memory.element_size() % ALIGNMENT
     return memory[skip : skip + floats]
 

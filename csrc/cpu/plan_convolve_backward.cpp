@@ -109,7 +109,8 @@ Rectangle grid_rectangle(
       grid.step_h * dx.row,
       grid.step_w * dx.pixel,
       grid.rows,
-      grid.columns};
+      grid.columns,
+      image.ahead};
 }
 
 void make_dx(const plan::ConvolveBackward& step, const plan::Image& image) {
@@ -153,7 +154,8 @@ void pointwise_tile(
         dx.row,
         dx.pixel,
         part.rows,
-        part.columns};
+        part.columns,
+        image.ahead};
     const plan::Tap same{0, tap.weight};
     const float* const weights = image.slab + step.weights_transposed;
     const Moments none(nullptr, nullptr, 0);
@@ -193,7 +195,8 @@ void plan_convolve_backward(const plan::ConvolveBackward& step, const plan::Imag
         padded.row,
         padded.pixel,
         std::min(rows, step.y_height - row),
-        step.y_width};
+        step.y_width,
+        image.ahead};
     if (is_pointwise(step)) {
       pointwise_tile(step, image, row, part);
     } else if (!separable) {
@@ -218,7 +221,7 @@ void plan_convolve_backward(const plan::ConvolveBackward& step, const plan::Imag
         const float* const weights = image.slab + step.depthwise_weights;
         depthwise({depthwise_taps, step.depthwise_taps.count, weights, x.channels, false, false}, between, none);
         // both lie without gaps
-        const Rectangle flat{d_tile, 0, x.channels, dy_tile, 0, step.y_channels, 1, part.pixels()};
+        const Rectangle flat{d_tile, 0, x.channels, dy_tile, 0, step.y_channels, 1, part.pixels(), image.ahead};
         const int64_t at = taps->weight * x.channels * step.y_channels;
         dense_gradient(flat, x.channels, step.y_channels, gradient + at);
       }
