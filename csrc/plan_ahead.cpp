@@ -7,6 +7,8 @@ namespace nascompile::plan {
 namespace {
 
 // How far to be ahead, in floats: a part of the second-level cache.
+constexpr int64_t kLine = 16;
+int64_t kPart = std::getenv("PART") ? std::atoll(std::getenv("PART")) : 2048;
 int64_t kAhead = std::getenv("AHEAD") ? std::atoll(std::getenv("AHEAD")) : int64_t{1} << 16;
 
 template <typename T>
@@ -21,12 +23,37 @@ void Readings::add(const Map& map, bool is_read) {
     return;
   }
   const int64_t count = (map.height - 1) * map.row + (map.width - 1) * map.pixel + map.channels;
-  maps.push_back({map.offset, map.image, count, floats});
-  floats += count;
+  step_.push_back({map.offset, map.image, count, 0});
+}
+
+// A step reads its maps side by side: a few rows of each at a time.
+void Readings::interleave() {
+  int64_t longest = 0;
+  for (const Stretch& map : step_) {
+    longest = std::max(longest, map.floats);
+  }
+  const int64_t parts = (longest + kPart - 1) / kPart;
+  for (int64_t part = 0; part < parts; ++part) {
+    for (const Stretch& map : step_) {
+      const auto end = [&](int64_t number) { return map.floats * number / parts / kLine * kLine; };
+      const int64_t begin = end(part);
+      const int64_t count = (part + 1 == parts ? map.floats : end(part + 1)) - begin;
+      if (count > 0) {
+        stretches.push_back({map.offset + begin, map.image, count, floats});
+        floats += count;
+      }
+    }
+  }
+  step_.clear();
 }
 
 void Readings::add(int64_t kind, const int64_t* fields, const int64_t* program, const uint8_t* flags) {
-  starts.push_back(static_cast<int64_t>(maps.size()));
+  starts.push_back(static_cast<int64_t>(stretches.size()));
+  look(kind, fields, program, flags);
+  interleave();
+}
+
+void Readings::look(int64_t kind, const int64_t* fields, const int64_t* program, const uint8_t* flags) {
   const auto terms = [&](const List<Term>& list) {
     for (const Term* term = list.in(program); term != list.in(program) + list.count; ++term) {
       if (term->flag < 0 || flags[term->flag] != 0) {
@@ -86,13 +113,13 @@ void Readings::add(int64_t kind, const int64_t* fields, const int64_t* program, 
 }
 
 void Ahead::begin(int64_t image, int64_t step) {
-  const int64_t count = static_cast<int64_t>(readings_.maps.size());
+  const int64_t count = static_cast<int64_t>(readings_.stretches.size());
   if (count == 0) {
     return;
   }
   const int64_t map = readings_.starts[step];
-  const int64_t now = image * readings_.floats + (map == count ? readings_.floats : readings_.maps[map].before);
-  const int64_t reached = image_ * readings_.floats + readings_.maps[map_].before + (at_ - begin_);
+  const int64_t now = image * readings_.floats + (map == count ? readings_.floats : readings_.stretches[map].before);
+  const int64_t reached = image_ * readings_.floats + readings_.stretches[map_].before + (at_ - begin_);
   most_ = now + kAhead;
   if (reached > now) {
     go_to(image_, map_, at_ - begin_);
@@ -111,7 +138,7 @@ void Ahead::go_to(int64_t image, int64_t map, int64_t done) {
     is_open_ = false;
     return;
   }
-  const Readings::Stretch& found = readings_.maps[map];
+  const Readings::Stretch& found = readings_.stretches[map];
   const int64_t most = most_ - image * readings_.floats - found.before;
   begin_ = slab_ + found.offset + image * found.image;
   at_ = begin_ + done;
@@ -120,7 +147,7 @@ void Ahead::go_to(int64_t image, int64_t map, int64_t done) {
 }
 
 void Ahead::go_on() {
-  const bool is_last = map_ + 1 == static_cast<int64_t>(readings_.maps.size());
+  const bool is_last = map_ + 1 == static_cast<int64_t>(readings_.stretches.size());
   is_last ? go_to(image_ + 1, 0, 0) : go_to(image_, map_ + 1, 0);
 }
 

@@ -13,18 +13,21 @@ namespace nascompile::plan {
 struct Readings {
   struct Stretch {
     int64_t offset, image, floats;  // where it begins, how far apart it is for two images, how long it is
-    int64_t before;                 // floats of all maps before it
+    int64_t before;                 // floats of all stretches before it
   };
-  std::vector<Stretch> maps;
-  std::vector<int64_t> starts;  // per step: how many maps the steps before it read
-  int64_t floats = 0;           // of all maps
+  std::vector<Stretch> stretches;
+  std::vector<int64_t> starts;  // per step: how many stretches the steps before it read
+  int64_t floats = 0;           // of all stretches
 
   // The next step, whose flag holds.
   void add(int64_t kind, const int64_t* fields, const int64_t* program, const uint8_t* flags);
 
  private:
+  void look(int64_t kind, const int64_t* fields, const int64_t* program, const uint8_t* flags);
   void add(const Map& map, bool is_read);
+  void interleave();
 
+  std::vector<Stretch> step_;           // that the present step reads
   std::unordered_set<int64_t> known_;  // offsets of maps that were read or written
 };
 

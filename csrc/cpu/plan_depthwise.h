@@ -68,7 +68,7 @@ inline void for_blocks(const Rectangle& all, const Visit& visit) {
     const float* const source = all.source + row * all.source_row;
     float* const target = all.target + row * all.target_row;
     blocks<kPixelsOf<kSize>>(all.columns, [&](int64_t at, auto count) {
-      all.fetch(decltype(count)::value * kSize * kSize);
+      all.fetch_on(decltype(count)::value * kSize * kSize);
       visit(source + at * all.source_pixel, target + at * all.target_pixel, count);
     });
   }

@@ -166,7 +166,7 @@ NASCOMPILE_APART void dense_channels(
     Walk walk(all);
     blocks<kPixels>(all.pixels(), [&](int64_t at, auto count) {
       const Steps<decltype(count)::value> pixels(walk);
-      all.fetch(decltype(count)::value * products);
+      all.fetch_on(decltype(count)::value * products);
       dense_block<decltype(count)::value, kVecs>(call, weights, pixels, channel, moments, at == 0);
     });
     return;
@@ -177,7 +177,11 @@ NASCOMPILE_APART void dense_channels(
     Line pixels{
         all.source + row * all.source_row, all.source_pixel, all.target + row * all.target_row, all.target_pixel};
     blocks<kPixels>(columns, [&](int64_t at, auto count) {
-      all.fetch(decltype(count)::value * products);
+      if constexpr (std::is_same_v<Weights, Held>) {
+        all.fetch(decltype(count)::value * products);
+      } else {
+        all.fetch_on(decltype(count)::value * products);
+      }
       dense_block<decltype(count)::value, kVecs>(call, weights, pixels, channel, moments, row == 0 && at == 0);
       pixels.source += decltype(count)::value * pixels.source_pixel;
       pixels.target += decltype(count)::value * pixels.target_pixel;

@@ -54,6 +54,11 @@ struct Rectangle {
   NASCOMPILE_INLINE void fetch(int64_t products) const {
     ahead->fetch((products + kProducts - 1) / kProducts);
   }
+  // The same where no vector has to stay in a register.
+  NASCOMPILE_INLINE void fetch_on(int64_t products) const {
+    ahead->turn();
+    fetch(products);
+  }
 };
 
 // Zero in one vector of channels of the target.
