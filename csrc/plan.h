@@ -236,6 +236,8 @@ struct Image {
   int64_t number;  // the image's
   // whether the slab is too large for the caches: what is not read soon does better to go past them
   bool streams;
+  // whether the step writes where it would add: nothing has been added there yet
+  bool begins;
   Ahead* ahead;
 
   float* at(const Map& map) const {

@@ -76,6 +76,10 @@ void make_dy(const plan::ConvolveBackward& step, const plan::Image& image, int64
   } while (next < step.terms.count);
 }
 
+bool adds(const plan::ConvolveBackward& step, const plan::Image& image) {
+  return step.adds != 0 && !image.begins;
+}
+
 bool is_separable(const plan::ConvolveBackward& step) {
   return step.depthwise_taps.count > 0 && step.taps.count > 0;
 }
@@ -122,10 +126,10 @@ void make_dx(const plan::ConvolveBackward& step, const plan::Image& image) {
     const plan::Tap* const taps = grid.taps.in(image.program);
     if (step.depthwise_taps.count > 0) {
       const float* const weights = image.slab + step.depthwise_weights;
-      depthwise({taps, grid.taps.count, weights, step.x.channels, step.adds != 0, false}, all, none);
+      depthwise({taps, grid.taps.count, weights, step.x.channels, adds(step, image), false}, all, none);
     } else {
       const float* const weights = image.slab + step.weights_transposed;
-      dense({taps, grid.taps.count, weights, step.y_channels, step.x.channels, step.adds != 0, false}, all, none);
+      dense({taps, grid.taps.count, weights, step.y_channels, step.x.channels, adds(step, image), false}, all, none);
     }
   }
 }
@@ -159,7 +163,7 @@ void pointwise_tile(
     const plan::Tap same{0, tap.weight};
     const float* const weights = image.slab + step.weights_transposed;
     const Moments none(nullptr, nullptr, 0);
-    dense({&same, 1, weights, step.y_channels, step.x.channels, step.adds != 0, false}, back, none);
+    dense({&same, 1, weights, step.y_channels, step.x.channels, adds(step, image), false}, back, none);
   }
 }
 
