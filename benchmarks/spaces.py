@@ -165,7 +165,7 @@ def rows(
         settings = BenchSettings(
             decision=case.decision, seconds=seconds, limit=limit, threads=threads, device=device
         )
-        peers = default_peers(case.recipe(), settings)
+        peers = default_peers(settings, has_maps=True)
         wanted = tuple(peer for peer in peers if compiled or PEERS[peer].runner != "compile")
         settings = replace(settings, peers=wanted)
         report = bench(case.recipe, settings, say=lambda line, name=name: say(f"{name}: {line}"))

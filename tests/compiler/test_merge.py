@@ -16,7 +16,6 @@ from nascompile.compiler.merging import common_grid, pick
 from nascompile.compiler.passes.fuse_weighted_sums import fuse_weighted_sums
 from nascompile.compiler.passes.lower_choices import lower_choices
 from nascompile.compiler.patterns import GROUPS
-from tests import numerics
 from tests.comparing import EXACT, Decided, assert_close
 from tests.compiler.graphs import traced
 from tests.compiler.grouping import OneChoice, assert_equal, compiled, found, random, steps
@@ -385,28 +384,3 @@ def test_bfloat16_parameters() -> None:
     expected, _ = steps(eager.float(), eager, x.float(), [0.4, 0.6])
     torch.testing.assert_close(actual["outputs"].float(), expected["outputs"], rtol=0.02, atol=0.02)
     assert actual["weights"]["op.0.weight"].dtype == torch.bfloat16
-
-
-def test_the_gradient_of_the_bias_keeps_its_digits() -> None:
-    x = torch.randn(32, 4, 64, 64)
-    eager, model = compiled([same(3), same(5)], x)
-    exact, _ = steps(eager.double(), eager, x.double(), [0.4, 0.6])
-    _, actual = steps(model, model, x, [0.4, 0.6])
-    for name in ("op.0.bias", "op.1.bias"):
-        numerics.assert_close(actual["weights"][name], exact["weights"][name], name=name)
-    numerics.assert_close(actual["decisions"]["op"].float(), exact["decisions"]["op"], name="decision")
-
-
-def test_functions_over_a_batch_of_biases() -> None:
-    x = torch.randn(2, 4, 6, 6)
-    eager, model = compiled([same(3), same(5)], x)
-    biases = torch.randn(3, 4)
-    found = []
-    for one in (eager, model):
-        Decided(one).decide({"op": torch.tensor([0.4, 0.6])})
-
-        def outputs(bias: Tensor, one: nn.Module = one) -> Tensor:
-            return torch.func.functional_call(one, {"op.0.bias": bias}, (x,))
-
-        found.append(torch.func.vmap(outputs)(biases))
-    numerics.assert_close(found[1], found[0])
