@@ -139,15 +139,6 @@ SMALL = {
 }
 
 
-def choose(names: Sequence[str] | None, *, small: bool = False) -> dict[str, Case]:
-    """The cases of these names, all without; raises ValueError that lists the known ones."""
-    known = SMALL if small else CASES
-    unknown = [name for name in names or () if name not in known]
-    if unknown:
-        raise ValueError(f"unknown row {unknown[0]!r}; rows: {', '.join(known)}")
-    return {name: known[name] for name in names or known}
-
-
 def rows(
     *,
     compiled: bool,
@@ -161,7 +152,9 @@ def rows(
     say: Callable[[str], object] = lambda line: None,
 ) -> Iterator[dict[str, Any]]:
     """One row per case and peer; `ratio` is the fastest other peer's median over ours."""
-    for name, case in choose(names, small=small).items():
+    cases = SMALL if small else CASES
+    for name in cases if names is None else names:
+        case = cases[name]
         settings = BenchSettings(
             decision=case.decision, seconds=seconds, limit=limit, threads=threads, device=device
         )
