@@ -17,7 +17,7 @@ def test_rows_go_to_the_suites_that_have_them() -> None:
     assert run.choose(None, ["spaces"], small=False) == {"spaces": None, "population": None}
     with pytest.raises(ValueError, match="unknown row 'darts'; rows of spaces: darts16, darts64, "):
         run.choose("darts", ["spaces"], small=False)
-    with pytest.raises(ValueError, match="unknown row 'darts64'; rows of spaces: darts16, darts16-second-order"):
+    with pytest.raises(ValueError, match="unknown row 'darts64'; rows of spaces: darts16, darts16-second"):
         run.choose("darts64", ["spaces"], small=True)
 
 
