@@ -19,6 +19,7 @@ import nascompile
 from nascompile.mutables import LayerChoice
 from nascompile.random import RandomMutator
 from nascompile.runtime.bench import BenchSettings, bench, default_peers
+from nascompile.runtime.bench_memory import give_back_memory
 from nascompile.runtime.bench_peers import PEERS, Decision
 from nascompile.runtime.bench_report import Report
 from nascompile.runtime.bench_subject import Call, Recipe, Subject
@@ -155,6 +156,8 @@ def rows(
     cases = SMALL if small else CASES
     for name in cases if names is None else names:
         case = cases[name]
+        # other suites run in this process and keep theirs; the peers need it
+        give_back_memory()
         settings = BenchSettings(
             decision=case.decision, seconds=seconds, limit=limit, threads=threads, device=device
         )
