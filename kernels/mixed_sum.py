@@ -186,7 +186,7 @@ def mixed_sum(inputs: Sequence[Tensor], weights: Tensor, *, implementation: str 
     """
     inputs = list(inputs)
     _check(inputs, weights)
-    if implementation is None and _is_transformed():
+    if implementation is None and is_transformed():
         return eager(inputs, weights)
     if inputs[0].dim() == 0:
         # numbers, not maps: type promotion between numbers is its own matter, and there is nothing to gain
@@ -211,7 +211,7 @@ def mixed_sum(inputs: Sequence[Tensor], weights: Tensor, *, implementation: str 
     return _run_forward(choose(KERNEL, inputs[0].device, implementation), inputs, weights)
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Whether functorch (vmap, grad, jvp) or forward-mode differentiation is at work, which the operator does
     not know."""
     functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
