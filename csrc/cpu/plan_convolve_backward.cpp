@@ -91,14 +91,21 @@ bool is_pointwise(const plan::ConvolveBackward& step) {
       step.x.height == step.y_height && step.x.width == step.y_width;
 }
 
-// The tile of a separable convolution holds all its channels, as that of a pointwise one. Otherwise one vector of channels
-// after another goes over the tile: it should be large, for the gradients of the weights are read and written once for
-// each, and the channels of x that a dense gradient goes over again and again should fit the nearest cache.
+// The rows of a tile. The gradients of the weights are read and written once for each tile: it should be large, and dy of it
+// fit the near caches.
 int64_t backward_rows(const plan::ConvolveBackward& step) {
   const int64_t channels = std::max(step.x.channels, step.y_channels);
-  const int64_t pixels = is_separable(step) ? kTileFloats / channels
-      : is_pointwise(step)                  ? std::clamp<int64_t>(8192 / channels, 32, kTilePixels)
-                                            : std::clamp<int64_t>(6144 / step.x.channels, 32, kTilePixels);
+  int64_t pixels = 0;
+  if (is_separable(step)) {
+    pixels = kTileFloats / channels;
+  } else if (is_pointwise(step)) {
+    pixels = std::clamp<int64_t>(16384 / channels, 32, kTilePixels);
+  } else if (step.taps.count == 0) {
+    pixels = std::clamp<int64_t>(16384 / channels, 64, kTilePixels);
+  } else {
+    // the channels of x are gone over again and again
+    pixels = std::clamp<int64_t>(6144 / step.x.channels, 32, kTilePixels);
+  }
   return tile_rows(pixels, step.y_height, step.y_width);
 }
 
