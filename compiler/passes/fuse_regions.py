@@ -55,6 +55,8 @@ def fuse_others(gm: fx.GraphModule, outside: Collection[fx.Node], name: str) -> 
 def _parts(gm: fx.GraphModule, members: Members) -> list[list[fx.Node]]:
     """The nodes of each region to be."""
     parts = _components(gm, members, _depths(gm, members))
+    while members.leave_out_torn(parts):
+        parts = _components(gm, members, _depths(gm, members))
     return [nodes for nodes in parts if _why_not(gm, nodes) is None]
 
 
