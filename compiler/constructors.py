@@ -73,6 +73,6 @@ def why_constructor(error: Exception) -> str | None:
     if not isinstance(error, TypeError) or _REFUSED not in str(error):
         return None
     return (
-        "makes a tensor by its type, of a size that is known only when it runs: torch.empty(size) can be traced, "
-        "torch.Tensor(size) cannot"
+        "makes a tensor by its type, of a size that is known only when it runs: "
+        "torch.empty(size) can be traced, torch.Tensor(size) cannot"
     )

@@ -17,6 +17,9 @@ from nascompile.compiler.region.functions import why_not_function
 from nascompile.compiler.region.ir import Unsupported
 from nascompile.compiler.region.operations import kind_of, settings_of
 
+MERGED = "its candidates are merged into one layer"
+"""Why a choice stays outside that is better off there."""
+
 
 class Members:
     """Says which nodes a region may hold, and keeps the candidates it read on the way.
@@ -85,7 +88,7 @@ class Members:
                 return f"candidate {name!r}: {reason}"
             found.append((module, candidate))
         if self._is_merged(choice, [candidate for _, candidate in found]):
-            return "its candidates are merged into one convolution"
+            return MERGED
         self.candidates[target] = found
         return None
 
@@ -158,7 +161,9 @@ def _why_not(gm: Any, node: fx.Node, detours: Detours) -> str | None:
     if node in detours.inside:
         return None
     if node in detours.why:
-        return f"{node.name} {detours.why[node]}"
+        is_module = node.op == "call_module"
+        name = type(gm.get_submodule(str(node.target))).__name__ if is_module else node.name
+        return f"{name}: {detours.why[node]}"
     strange = detours.why_strange(node)
     if strange is not None:
         return f"{node.name} {strange}"

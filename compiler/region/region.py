@@ -4,6 +4,7 @@ or op by op."""
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -34,6 +35,14 @@ PART_LIMIT = 8
 Function = Callable[..., Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Instead:
+    """What runs where a plan cannot be made, and why it cannot."""
+
+    reason: str
+    function: Function
+
+
 class Rest(Protocol):
     """The nodes of a region op by op, and with regions for all but some of them."""
 
@@ -47,8 +56,8 @@ class Rest(Protocol):
 class Region:
     """`nodes` of the model's graph as one call: takes the values of `inputs`, gives those of `outputs`.
 
-    `fallback` computes the same without a plan. `notes` gets, under the region's name, why a plan cannot be
-    made. `without`: rewrites that plans leave out.
+    `fallback` computes the same without a plan. `notes` has, under the region's name, why the last call had no
+    plan. `without`: rewrites that plans leave out.
     """
 
     def __init__(
@@ -74,7 +83,8 @@ class Region:
         self._modules = modules
         self._candidates = candidates
         self._notes = notes
-        self._executions: dict[Any, Execution | Function] = {}
+        self._said: str | None = None
+        self._executions: dict[Any, Execution | Instead] = {}
         self._parts: dict[frozenset[fx.Node], tuple[Function, list[Region]]] = {}
         self._memory = Memory()
         self.settings = ModuleSettings(self._leaves(), settings_of)
@@ -85,22 +95,45 @@ class Region:
         if strange:
             readers = [node for index in strange for node in self.inputs[index].users]
             names = ", ".join(self.inputs[index].name for index in strange)
-            return self._in_parts(readers, f"{names} is not an image of the batch")(*tensors)
+            return self._do(self._in_parts(readers, f"{names} is not an image of the batch"), tensors)
         executor = executor_for(tensors)
         decisions = executor if isinstance(executor, str) else read_decisions(self.choices, executor)
         if isinstance(executor, str) or isinstance(decisions, str):
-            self._notes[self.__name__] = f"runs op by op: {decisions}"
-            return self.fallback(*tensors)
+            return self._do(self._op_by_op(str(decisions)), tensors)
         execution = self._execution(tensors, decisions, executor)
-        if not isinstance(execution, Execution):
-            return execution(*tensors)
+        if isinstance(execution, Instead):
+            return self._do(execution, tensors)
         boundary = execution.boundaries.of(tensors, decisions.chosen)
         if isinstance(boundary, str):
-            self._notes[self.__name__] = f"runs op by op: {boundary}"
-            return self.fallback(*tensors)
+            return self._do(self._op_by_op(boundary), tensors)
+        if self._said is not None:
+            self._say(None)
         as_written = boundary.as_written(self.fallback)
         outputs = boundary.call(lambda wide: call(execution, decisions, wide, as_written), tensors)
         return outputs[0] if len(outputs) == 1 else outputs
+
+    def _do(self, instead: Instead, tensors: Sequence[Tensor]) -> Any:
+        if self._said != instead.reason:
+            self._say(instead.reason)
+        return instead.function(*tensors)
+
+    def _say(self, reason: str | None) -> None:
+        """Note what holds now, of this region and its parts."""
+        for name in list(self._notes):
+            if name == self.__name__ or name.startswith(f"{self.__name__}_"):
+                self._notes.pop(name, None)
+        for part in self._all_parts():
+            part._said = None
+        self._said = reason
+        if reason is not None:
+            self._notes[self.__name__] = reason
+
+    def _all_parts(self) -> list[Region]:
+        parts = [part for _, regions in self._parts.values() for part in regions]
+        return [*parts, *(inner for part in parts for inner in part._all_parts())]
+
+    def _op_by_op(self, reason: str) -> Instead:
+        return Instead(f"runs op by op: {reason}", self.fallback)
 
     def _leaves(self) -> list[nn.Module]:
         """The modules that a region reads, each once."""
@@ -127,21 +160,19 @@ class Region:
         execution = self._execution(tensors, decisions, executor)
         return execution.plan.slab * executor.dtype.itemsize if isinstance(execution, Execution) else None
 
-    def _in_parts(self, outside: Collection[fx.Node], reason: str) -> Function:
+    def _in_parts(self, outside: Collection[fx.Node], reason: str) -> Instead:
         """The region without some nodes, which run as they are, and the others in regions of their own."""
         if self.__name__.count("_") > PART_LIMIT:
-            self._notes[self.__name__] = f"runs op by op: {reason}"
-            return self.fallback
+            return self._op_by_op(reason)
         key = frozenset(outside)
         if key not in self._parts:
             self._parts[key] = self.fallback.in_parts(key)
         function, regions = self._parts[key]
-        self._notes[self.__name__] = f"runs {'in parts' if regions else 'op by op'}: {reason}"
-        return function
+        return Instead(f"runs {'in parts' if regions else 'op by op'}: {reason}", function)
 
     def _execution(
         self, tensors: Sequence[Tensor], decisions: Decisions, executor: Executor
-    ) -> Execution | Function:
+    ) -> Execution | Instead:
         grad = torch.is_grad_enabled()
         key = (
             tuple(tensor.shape for tensor in tensors),
@@ -167,12 +198,11 @@ class Region:
         self._executions[key] = execution
         return execution
 
-    def _instead(self, reason: Unsupported) -> Function:
+    def _instead(self, reason: Unsupported) -> Instead:
         """What the region does where a plan cannot be made."""
         if reason.node is not None:
             return self._in_parts([reason.node], str(reason))
-        self._notes[self.__name__] = f"runs op by op: {reason}"
-        return self.fallback
+        return self._op_by_op(str(reason))
 
     def _make(
         self, tensors: Sequence[Tensor], decisions: Decisions, grad: bool, executor: Executor

@@ -135,7 +135,7 @@ def _averaged(sizes: Sizes, dim: Any = None, keepdim: Any = False) -> Sizes:
 
 def _through(sizes: Sizes, inputs: int, outputs: int) -> Sizes:
     if len(sizes) != 2 or sizes[1] not in (inputs, None):
-        raise Unsupported(f"a linear layer of {inputs} numbers takes a tensor of {sizes}")
+        raise Unsupported(f"a linear layer of {inputs} numbers is not given one number a channel")
     return BATCH, outputs
 
 
