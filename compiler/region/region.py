@@ -56,8 +56,8 @@ class Rest(Protocol):
 class Region:
     """`nodes` of the model's graph as one call: takes the values of `inputs`, gives those of `outputs`.
 
-    `fallback` computes the same without a plan. `notes` has, under the region's name, why the last call had no
-    plan. `without`: rewrites that plans leave out.
+    `fallback` computes the same without a plan. `notes` has, under the region's name, why the last call had
+    no plan. `without`: rewrites that plans leave out.
     """
 
     def __init__(
