@@ -32,6 +32,15 @@ def sigmoid(value):
 
 
 @triton.jit
+def exponential_minus_one(value):
+    """e^value - 1 for values up to zero; by its series where the difference would have no digits."""
+    series = 1 + value / 7
+    for power in tl.static_range(6, 1, -1):
+        series = 1 + value / power * series
+    return tl.where(value > -0.35, value * series, tl.exp(value) - 1)
+
+
+@triton.jit
 def below(value):
     """How much of the normal distribution lies below."""
     return 0.5 * (1 + tl.erf(value * 0.7071067811865476))
@@ -57,15 +66,15 @@ def activate(value, activation):
     elif activation == LEAKY_RELU:
         value = tl.where(value > 0, value, value * 0.01)
     elif activation == ELU:
-        value = tl.where(value > 0, value, tl.exp(value) - 1)
+        value = tl.where(value > 0, value, exponential_minus_one(value))
     return value
 
 
 @triton.jit
 def passes(value, activation):
     """Where relu or relu6 hands its gradient on."""
-    stops = ((activation > 0) & (value <= 0)) | ((activation == RELU6) & (value >= 6))
-    return stops == 0
+    stops = (activation > 0) & (value <= 0)
+    return ((activation == RELU6) & (value > 0) & (value < 6)) | ((activation != RELU6) & (stops == 0))
 
 
 @triton.jit
