@@ -33,7 +33,8 @@ class Constructor:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs or not args:
             raise NotTraceable(f"calls torch.{self.kind.__name__} with {', '.join(kwargs) or 'no'} arguments")
-        if len(args) > 1 or isinstance(args[0], int):
+        first = args[0]
+        if len(args) > 1 or isinstance(first, int):
             device = "cuda" if self.kind.is_cuda else "cpu"
             return self._record(_EMPTY, args, {"dtype": self.kind.dtype, "device": device})
         return self._record(self.kind, args, {})
@@ -51,11 +52,12 @@ def recorded_constructors(record: Record) -> Iterator[None]:
     kept = [(home, name, getattr(home, name)) for home, name in KINDS]
 
     def call(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if not args or not isinstance(args[0], fx.Proxy):
+        first = args[0] if args else None
+        if not isinstance(first, fx.Proxy):
             return type.__call__(cls, *args, **kwargs)
         if len(args) > 1 or any(kwargs.values()):
             raise NotTraceable("makes a Variable that wants a gradient")
-        return args[0].detach()
+        return first.detach()
 
     try:
         for home, name, kind in kept:

@@ -24,6 +24,7 @@ from nascompile.compiler.region.plan import Plan, build
 from nascompile.compiler.region.read import read
 from nascompile.compiler.region.settings import Settings, read_borders
 from nascompile.compiler.region.types import working_type
+from nascompile.kernels.transforms import is_forward_differentiated, is_transformed
 
 PLAN_LIMIT = 8
 """Plans kept for one region; the one not used for longest goes."""
@@ -286,10 +287,9 @@ def _why_not_now(device: str) -> str | None:
     """Why no plan can run in the present state of torch, or None."""
     if device == "cuda" and torch.is_autocast_enabled(device):
         return "autocast is on"
-    functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
-    if functorch.maybe_current_level() is not None or torch._C._len_torch_dispatch_stack() > 0:
+    if is_transformed() or torch._C._len_torch_dispatch_stack() > 0:
         return "a transformation of functions or a dispatch mode is active"
-    if torch.autograd.forward_ad._current_level >= 0:
+    if is_forward_differentiated():
         return "forward-mode differentiation is active"
     if torch._C._get_tracing_state() is not None or torch.compiler.is_compiling():
         return "the program is being traced"

@@ -35,7 +35,7 @@ def sigmoid(value):
 def exponential_minus_one(value):
     """e^value - 1 for values up to zero; by its series where the difference would have no digits."""
     series = 1 + value / 7
-    for power in tl.static_range(6, 1, -1):
+    for power in tl.static_range(6, 1, -1):  # pyright: ignore[reportGeneralTypeIssues]
         series = 1 + value / power * series
     return tl.where(value > -0.35, value * series, tl.exp(value) - 1)
 

@@ -123,8 +123,10 @@ def test_nothing_is_left_patched() -> None:
 
 
 def test_a_type_of_cuda_makes_its_tensor_there() -> None:
+    cuda: Any = torch.cuda
+
     def drop(x: Tensor, prob: float) -> Tensor:
-        return x * Variable(torch.cuda.FloatTensor(x.size(0), 1, 1, 1).bernoulli_(1.0 - prob))
+        return x * Variable(cuda.FloatTensor(x.size(0), 1, 1, 1).bernoulli_(1.0 - prob))
 
     tracer = ModelTracer(Cell(drop))
     assert tracer.trace_guessed(""), tracer.islands
