@@ -17,7 +17,9 @@ from nascompile.compiler.region.ir import (
     Conv,
     Graph,
     Norm,
+    Sum,
     TensorRef,
+    TermInfo,
     Unsupported,
     Value,
     Weight,
@@ -163,6 +165,26 @@ def _activation(kind: Activation) -> Apply:
     return apply
 
 
+def _prelu(graph: Graph, module: Any, x: Value, owner: Weight | None) -> Value:
+    """max(x, 0) + slope * min(x, 0), in the type that torch gives to the second."""
+    if module.num_parameters not in (1, x.channels):
+        raise Unsupported(f"a PReLU of {module.num_parameters} slopes gets {x.channels} channels")
+    is_single = module.num_parameters == 1
+    if is_single and graph.device != "cpu":
+        raise Unsupported(
+            "a PReLU has one slope for all channels, whose gradient is summed up on the CPU only"
+        )
+    require_type(graph, module.weight)
+    slope = TensorRef(module, "weight")
+    op = Norm(slope, None, None, None, None, False, False, 0.0, 0.0, is_single=is_single)
+    above, below = (
+        graph.add(Act(kind), (x,), x.shape, owner) for kind in (Activation.relu, Activation.negative)
+    )
+    sloped = graph.add(op, (below,), x.shape, owner)
+    plain = TermInfo(None, ())
+    return graph.add(Sum((plain, plain), 1), (above, sloped), x.shape, owner)
+
+
 def _same(graph: Graph, module: Any, x: Value, owner: Weight | None) -> Value:
     return x
 
@@ -258,6 +280,7 @@ KINDS: dict[type[nn.Module], Kind] = {
     nn.GELU: _acts(Activation.gelu, approximate="none"),
     nn.LeakyReLU: _acts(Activation.leaky_relu, negative_slope=0.01),
     nn.ELU: _acts(Activation.elu, alpha=1.0),
+    nn.PReLU: Kind(("num_parameters",), _prelu),
     nn.Identity: Kind((), _same, pointwise=True),
     nn.Flatten: Kind(("start_dim", "end_dim"), _same),
     nn.Dropout: _DROPOUT,

@@ -98,6 +98,8 @@ NASCOMPILE_INLINE Vec activate_one(const Vec& x) {
     return Vec::blendv(x * Vec(kSlope), x, x > Vec(0.0f));
   } else if constexpr (A == plan::kElu) {
     return Vec::blendv(exponential_minus_one(x), x, x > Vec(0.0f));
+  } else if constexpr (A == plan::kNegative) {
+    return Vec::blendv(x, Vec(0.0f), x > Vec(0.0f));
   } else {
     return x;
   }
@@ -128,6 +130,8 @@ NASCOMPILE_INLINE Vec hand_back_one(const Vec& g, const Vec& x) {
     return Vec::blendv(g * Vec(kSlope), g, x > Vec(0.0f));
   } else if constexpr (A == plan::kElu) {
     return Vec::blendv(g * exponential(x), g, x > Vec(0.0f));
+  } else if constexpr (A == plan::kNegative) {
+    return Vec::blendv(g, Vec(0.0f), x > Vec(0.0f));
   } else {
     return g;
   }
@@ -155,7 +159,8 @@ void switch_among(int64_t activation, const Visit& visit) {
 template <typename Visit>
 void switch_activation(int64_t activation, const Visit& visit) {
   using namespace plan;
-  switch_among<kRelu, kRelu6, kHardswish, kHardsigmoid, kSilu, kSigmoid, kGelu, kLeakyRelu, kElu>(activation, visit);
+  switch_among<kRelu, kRelu6, kHardswish, kHardsigmoid, kSilu, kSigmoid, kGelu, kLeakyRelu, kElu, kNegative>(
+      activation, visit);
 }
 
 // those whose derivative follows from the output

@@ -101,6 +101,7 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     Activation.gelu: functional.gelu,
     Activation.leaky_relu: functional.leaky_relu,
     Activation.elu: functional.elu,
+    Activation.negative: lambda value: torch.where(value > 0, 0, value),
 }
 
 

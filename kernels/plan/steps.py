@@ -45,6 +45,8 @@ class Activation(IntEnum):
     gelu = 7
     leaky_relu = 8
     elu = 9
+    negative = 10
+    """min(x, 0): the part below zero of one whose slope there is a parameter."""
 
 
 MASKS = frozenset((Activation.relu, Activation.relu6))

@@ -16,6 +16,7 @@ SIGMOID = tl.constexpr(int(Activation.sigmoid))
 GELU = tl.constexpr(int(Activation.gelu))
 LEAKY_RELU = tl.constexpr(int(Activation.leaky_relu))
 ELU = tl.constexpr(int(Activation.elu))
+NEGATIVE = tl.constexpr(int(Activation.negative))
 
 
 @triton.jit
@@ -67,6 +68,8 @@ def activate(value, activation):
         value = tl.where(value > 0, value, value * 0.01)
     elif activation == ELU:
         value = tl.where(value > 0, value, exponential_minus_one(value))
+    elif activation == NEGATIVE:
+        value = tl.where(value > 0, 0.0, value)
     return value
 
 
@@ -100,4 +103,6 @@ def hand_back(gradient, value, activation):
         gradient = tl.where(value > 0, gradient, gradient * 0.01)
     elif activation == ELU:
         gradient = tl.where(value > 0, gradient, gradient * tl.exp(value))
+    elif activation == NEGATIVE:
+        gradient = tl.where(value > 0, 0.0, gradient)
     return gradient

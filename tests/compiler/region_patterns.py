@@ -21,6 +21,8 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
     "leaky": nn.LeakyReLU,
     "elu": nn.ELU,
+    "prelu": nn.PReLU,
+    "prelu by channel": lambda: nn.PReLU(8),
 }
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "F.relu": lambda x: F.relu(x, inplace=True),

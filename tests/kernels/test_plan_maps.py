@@ -38,6 +38,7 @@ ACTIVATIONS = {
     Activation.gelu: nn.functional.gelu,
     Activation.leaky_relu: nn.functional.leaky_relu,
     Activation.elu: nn.functional.elu,
+    Activation.negative: lambda x: torch.where(x > 0, 0, x),
 }
 BATCHES = ((1, 1), (5, 2), (1, 3))
 """Images and chunks: more and fewer images than chunks."""
@@ -259,7 +260,7 @@ def test_activations_at_the_ends(activation):
     inside = torch.isfinite(x) & (x.abs() < 1e4)
     wanted = memory.view(gradient).double() * slope
     torch.testing.assert_close(handed[inside], wanted[inside], rtol=2e-6, atol=1e-6)
-    clips = activation in (Activation.hardsigmoid, Activation.leaky_relu)
+    clips = activation in (Activation.hardsigmoid, Activation.leaky_relu, Activation.negative)
     assert handed[0, 0].isnan().all() == (not clips)
 
 
