@@ -114,7 +114,8 @@ def _bound(node: fx.Node) -> tuple[Function, Arguments]:
         target, given = getattr(operator, str(given[0])), given[1:]
     function = _METHODS.get(target) if isinstance(target, str) else _FUNCTIONS.get(target)
     if function is None:
-        raise Unsupported(f"{node.name} ({node.target}) is not understood by regions")
+        name = getattr(target, "__name__", target)
+        raise Unsupported(f"{node.name} ({name}) is not understood by regions")
     arguments = {**dict(zip(function.names, given, strict=False)), **node.kwargs}
     if len(given) > len(function.names) or set(arguments) - set(function.names):
         raise Unsupported(f"{node.name} has arguments that regions do not know")

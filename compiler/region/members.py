@@ -12,7 +12,7 @@ from nascompile.compiler.groups import find_groups
 from nascompile.compiler.guards import attribute
 from nascompile.compiler.inplace import is_in_place, is_view
 from nascompile.compiler.lower import LoweredChoice, LoweredInputChoice, LoweredLayerChoice
-from nascompile.compiler.region.detours import Detours
+from nascompile.compiler.region.detours import LEADS_NOWHERE, Detours
 from nascompile.compiler.region.functions import why_not_function
 from nascompile.compiler.region.ir import Unsupported
 from nascompile.compiler.region.operations import kind_of, settings_of
@@ -152,7 +152,10 @@ class _Inside:
 def why_not_operations(gm: Any, nodes: Sequence[fx.Node]) -> str | None:
     """Why modules, functions and methods, in their order, cannot all be part of a region, or None."""
     detours = Detours(gm, nodes)
-    return next((reason for node in nodes if (reason := _why_not(gm, node, detours))), None)
+    found = {node: reason for node in nodes if (reason := _why_not(gm, node, detours))}
+    # what leads nowhere does so because of something that comes after it
+    causes = (reason for node, reason in found.items() if detours.why.get(node) != LEADS_NOWHERE)
+    return next(causes, None) or next(iter(found.values()), None)
 
 
 def _why_not(gm: Any, node: fx.Node, detours: Detours) -> str | None:
@@ -164,9 +167,11 @@ def _why_not(gm: Any, node: fx.Node, detours: Detours) -> str | None:
         is_module = node.op == "call_module"
         name = type(gm.get_submodule(str(node.target))).__name__ if is_module else node.name
         return f"{name}: {detours.why[node]}"
-    strange = detours.why_strange(node)
-    if strange is not None:
-        return f"{node.name} {strange}"
+    reason, strange = _why_not_on_images(gm, node), detours.why_strange(node)
+    return reason if reason is not None or strange is None else f"{node.name} {strange}"
+
+
+def _why_not_on_images(gm: Any, node: fx.Node) -> str | None:
     if node.op == "call_module":
         arg = node.args[0] if len(node.args) == 1 and not node.kwargs else None
         if not isinstance(arg, fx.Node) or arg.op == "get_attr":
