@@ -7,11 +7,11 @@ children of the best of a sample with one or two decisions changed, the oldest l
 from __future__ import annotations
 
 import gc
-import os
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,22 +27,32 @@ from nascompile.mutables import LayerChoice
 from nascompile.spaces import DartsNetwork, MBConvNetwork, ShuffleNetSpace
 
 Architecture = dict[str, Any]
-# SMALL=1 in the environment: a version for trying out
-SMALL = bool(os.environ.get("SMALL"))
-MEMBERS, PARENTS, SAMPLE = (64, 16, 8) if not SMALL else (16, 6, 4)
-BATCH, BATCHES = (32, 2) if not SMALL else (16, 2)
-IMAGE = 32 if not SMALL else 16
-ROUNDS = 5 if not SMALL else 2
 
 
-def spaces() -> dict[str, Callable[[], nn.Module]]:
-    """The supernets by name."""
-    cells, images = (8, 32) if not SMALL else (4, 16)
-    return {
-        "DARTS": lambda: DartsNetwork(images, 3, 16, 10, cells),
-        "MBConv": MBConvNetwork.cifar,
-        "ShuffleNet": lambda: ShuffleNetSpace(n_classes=10),
-    }
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """Of the population, of the sample that a parent is the best of, of the data and of DARTS."""
+
+    members: int
+    parents: int
+    sample: int
+    batch: int
+    image: int
+    cells: int
+    rounds: int
+    batches: int = 2
+
+
+FULL = Size(members=64, parents=16, sample=8, batch=32, image=32, cells=8, rounds=5)
+# the same in seconds: whether everything works, not how fast it is
+SMALL = Size(members=6, parents=3, sample=2, batch=4, image=16, cells=2, rounds=2)
+
+SPACES: dict[str, tuple[str, Callable[[Size], nn.Module]]] = {
+    "darts": ("DARTS", lambda size: DartsNetwork(size.image, 3, 16, 10, size.cells)),
+    "mbconv": ("MBConv", lambda size: MBConvNetwork.cifar()),
+    "shufflenet": ("ShuffleNet", lambda size: ShuffleNetSpace(n_classes=10)),
+}
+"""For each row its name in the table, and the supernet."""
 
 
 def decide(choice: Any, numbers: random.Random) -> list[int]:
@@ -51,15 +61,15 @@ def decide(choice: Any, numbers: random.Random) -> list[int]:
     return sorted(numbers.sample(range(len(choice)), count))
 
 
-def evolved(model: nn.Module, numbers: random.Random) -> list[Architecture]:
+def evolved(model: nn.Module, size: Size, numbers: random.Random) -> list[Architecture]:
     """The population after two generations of children; fitness is a random number of each architecture."""
     found = choices(model)
     fitness: dict[int, float] = {}
-    pool: deque[Architecture] = deque(maxlen=MEMBERS)
-    for _ in range(PARENTS):
+    pool: deque[Architecture] = deque(maxlen=size.members)
+    for _ in range(size.parents):
         pool.append({key: decide(choice, numbers) for key, choice in found.items()})
-    for _ in range(2 * MEMBERS):
-        sample = numbers.sample(list(pool), min(SAMPLE, len(pool)))
+    for _ in range(2 * size.members):
+        sample = numbers.sample(list(pool), min(size.sample, len(pool)))
         parent = max(sample, key=lambda one: fitness.setdefault(id(one), numbers.random()))
         child = dict(parent)
         for key in numbers.sample(sorted(found), numbers.choice((1, 2))):
@@ -69,7 +79,7 @@ def evolved(model: nn.Module, numbers: random.Random) -> list[Architecture]:
 
 
 @torch.no_grad()
-def take_statistics(model: nn.Module, population: list[Architecture]) -> None:
+def take_statistics(model: nn.Module, population: list[Architecture], image: int) -> None:
     """Running statistics of these architectures: with those of a new model activations fade, outputs are all
     the same, and denormal numbers are slow."""
     momentum = {module: module.momentum for module in model.modules() if isinstance(module, nn.BatchNorm2d)}
@@ -79,7 +89,7 @@ def take_statistics(model: nn.Module, population: list[Architecture]) -> None:
     for architecture in population:
         mutator = FixedArchitecture(model, architecture)
         mutator.reset()
-        model(torch.randn(4, 3, IMAGE, IMAGE))
+        model(torch.randn(4, 3, image, image))
         mutator.release()
     model.eval()
     for norm, before in momentum.items():
@@ -116,9 +126,10 @@ def compiled_alone(network: nn.Module, population: list[Architecture], batches: 
 
 
 @torch.no_grad()
-def counted(model: nn.Module, population: list[Architecture], networks: list[nn.Module]) -> float:
+def counted(
+    model: nn.Module, population: list[Architecture], networks: list[nn.Module], image: Tensor
+) -> float:
     """How many times more arithmetic one at a time is: what sharing alone could gain."""
-    image = torch.randn(1, 3, IMAGE, IMAGE)
     together = Population(model, population, exact=True)
     list(together.outputs(image))
     with FlopCounterMode(display=False) as shared:
@@ -135,24 +146,28 @@ def wrong(name: str, found: list[float], expected: list[float]) -> str:
     return "" if close else f"{name}: other values than the lean networks"
 
 
-def rows(*, compiled: bool) -> Iterator[dict[str, Any]]:
+def rows(
+    *, compiled: bool, names: Sequence[str] | None = None, small: bool = False
+) -> Iterator[dict[str, Any]]:
     """One row per space and peer; `ratio` is the time of the fastest other over that of `evaluate`.
 
     The times of pruning, and of compiling the supernet, are not counted; those of tracing and planning inside
     `evaluate` are. torch.compile is no peer, whatever `compiled` says: compiling 64 networks takes longer
     than running them.
     """
-    for name in spaces():
-        yield from compare(name)
+    for name in SPACES if names is None else names:
+        yield from compare(name, SMALL if small else FULL)
 
 
-def compare(name: str) -> Iterator[dict[str, Any]]:
+def compare(name: str, size: Size) -> Iterator[dict[str, Any]]:
     """The rows of one space: correctness first, then times taken in turn."""
     torch.manual_seed(0)
-    model = spaces()[name]()
-    population = evolved(model, random.Random(0))
-    take_statistics(model, population)
-    batches = [(torch.randn(BATCH, 3, IMAGE, IMAGE), torch.arange(BATCH)) for _ in range(BATCHES)]
+    title, make = SPACES[name]
+    model = make(size)
+    population = evolved(model, size, random.Random(0))
+    take_statistics(model, population, size.image)
+    shape = size.batch, 3, size.image, size.image
+    batches = [(torch.randn(shape), torch.arange(size.batch)) for _ in range(size.batches)]
     networks: list[nn.Module] = [nascompile.prune(model, one) for one in population]
     network = nascompile.compile(model)
     calls: dict[str, Callable[[], list[float]]] = {
@@ -166,9 +181,9 @@ def compare(name: str) -> Iterator[dict[str, Any]]:
     results = {peer: call() for peer, call in calls.items()}
     expected = results["lean networks, one at a time"]
     problems = {peer: wrong(peer, found, expected) for peer, found in results.items()}
-    limit = counted(model, population, networks)
+    limit = counted(model, population, networks, torch.randn(1, *shape[1:]))
     times: dict[str, list[float]] = {peer: [] for peer in calls}
-    for _ in range(ROUNDS):
+    for _ in range(size.rounds):
         for peer, call in calls.items():
             gc.collect()
             start = time.perf_counter()
@@ -180,7 +195,7 @@ def compare(name: str) -> Iterator[dict[str, Any]]:
         is_ours = peer.startswith("nascompile.evaluate")
         yield {
             "suite": "population",
-            "name": name,
+            "name": title,
             "case": f"{len(population)} architectures",
             "peer": peer,
             "median": timing.median,

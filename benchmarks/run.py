@@ -2,6 +2,7 @@
 
     python benchmarks/run.py [--suite kernels] [--threads 2] [--no-compile] [--out benchmarks/results]
     python benchmarks/run.py --suite spaces --rows darts16,nb201 [--small] [--device cuda]
+    python benchmarks/run.py --suite population --rows darts,mbconv [--small]
 
 Correctness comes first: where a comparison fails no ratio is printed, and the exit status is 1. A ratio is
 the time of the fastest other peer over ours, so 2.0 means twice as fast as the best of them. Times stand
@@ -146,11 +147,11 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile as a peer")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    of_both = parser.add_argument_group("of the suites spaces and population")
+    names = f"some of {','.join(spaces.CASES)} (spaces), {','.join(population.SPACES)} (population)"
+    of_both.add_argument("--rows", help=f"{names}; default: all of them")
+    of_both.add_argument("--small", action="store_true", help="small models: whether all works, not how fast")
     of_spaces = parser.add_argument_group("of the suite spaces")
-    of_spaces.add_argument("--rows", help=f"some of {','.join(spaces.CASES)}; default: all of them")
-    of_spaces.add_argument(
-        "--small", action="store_true", help="small models: whether all works, not how fast"
-    )
     of_spaces.add_argument("--device", default="cpu")
     of_spaces.add_argument("--seconds", type=float, default=10.0, help="of timed steps, for each peer")
     of_spaces.add_argument("--compile-limit", type=float, default=900.0, help="seconds")
@@ -164,14 +165,15 @@ def main() -> int:
             f"the load average is {load:.1f}: other programs are running, do not trust these times",
             file=sys.stderr,
         )
-    names = options.rows.split(",") if options.rows else None
+    suites = options.suite or list(SUITES)
     try:
-        spaces.choose(names, small=options.small)
+        names = choose(options.rows, suites, small=options.small)
     except ValueError as problem:
         parser.error(str(problem))
     arguments: dict[str, dict[str, Any]] = {
+        "population": {"names": names["population"], "small": options.small},
         "spaces": {
-            "names": names,
+            "names": names["spaces"],
             "small": options.small,
             "seconds": options.seconds,
             "limit": options.compile_limit,
@@ -179,17 +181,17 @@ def main() -> int:
             "device": options.device,
             "samples": options.samples,
             "say": lambda line: print(line, file=sys.stderr, flush=True),
-        }
+        },
     }
     on_gpu = options.device.startswith("cuda")
     where = machine() if on_gpu or not torch.cuda.is_available() else f"CPU of: {machine()}"
     print(where)
     options.out.mkdir(parents=True, exist_ok=True)
     wrong = []
-    for stem, suites in files(options.suite or list(SUITES)).items():
+    for stem, mine in files(suites).items():
         rows: list[dict[str, Any]] = []
         path = options.out / f"{'gpu' if on_gpu else 'cpu'}{stem}"
-        for suite in suites:
+        for suite in mine:
             found = SUITES[suite](compiled=not options.no_compile, **arguments.get(suite, {}))
             for _, case in itertools.groupby(found, key=lambda row: (row["name"], row["case"])):
                 for row in list(case) if on_gpu else relative(list(case)):
@@ -204,6 +206,22 @@ def main() -> int:
     for problem in wrong:
         print(f"WRONG, no ratio: {problem}", file=sys.stderr)
     return 1 if wrong else 0
+
+
+def choose(rows: str | None, suites: list[str], *, small: bool) -> dict[str, list[str] | None]:
+    """For every suite with rows that have names, those to run; None for all.
+
+    Raises ValueError for a name that none of the suites has.
+    """
+    known = {"spaces": [*(spaces.SMALL if small else spaces.CASES)], "population": [*population.SPACES]}
+    if not rows:
+        return dict.fromkeys(known)
+    names = rows.split(",")
+    there = [name for suite in suites for name in known.get(suite, ())]
+    unknown = [name for name in names if name not in there]
+    if unknown:
+        raise ValueError(f"unknown row {unknown[0]!r}; rows of {', '.join(suites)}: {', '.join(there)}")
+    return {suite: [name for name in names if name in own] for suite, own in known.items()}
 
 
 def files(suites: list[str]) -> dict[str, list[str]]:

@@ -19,6 +19,7 @@ import nascompile
 from nascompile.mutables import LayerChoice
 from nascompile.random import RandomMutator
 from nascompile.runtime.bench import BenchSettings, bench, default_peers
+from nascompile.runtime.bench_memory import give_back_memory
 from nascompile.runtime.bench_peers import PEERS, Decision
 from nascompile.runtime.bench_report import Report
 from nascompile.runtime.bench_subject import Call, Recipe, Subject
@@ -139,15 +140,6 @@ SMALL = {
 }
 
 
-def choose(names: Sequence[str] | None, *, small: bool = False) -> dict[str, Case]:
-    """The cases of these names, all without; raises ValueError that lists the known ones."""
-    known = SMALL if small else CASES
-    unknown = [name for name in names or () if name not in known]
-    if unknown:
-        raise ValueError(f"unknown row {unknown[0]!r}; rows: {', '.join(known)}")
-    return {name: known[name] for name in names or known}
-
-
 def rows(
     *,
     compiled: bool,
@@ -161,11 +153,15 @@ def rows(
     say: Callable[[str], object] = lambda line: None,
 ) -> Iterator[dict[str, Any]]:
     """One row per case and peer; `ratio` is the fastest other peer's median over ours."""
-    for name, case in choose(names, small=small).items():
+    cases = SMALL if small else CASES
+    for name in cases if names is None else names:
+        case = cases[name]
+        # other suites run in this process and keep theirs; the peers need it
+        give_back_memory()
         settings = BenchSettings(
             decision=case.decision, seconds=seconds, limit=limit, threads=threads, device=device
         )
-        peers = default_peers(case.recipe(), settings)
+        peers = default_peers(settings, has_maps=True)
         wanted = tuple(peer for peer in peers if compiled or PEERS[peer].runner != "compile")
         settings = replace(settings, peers=wanted)
         report = bench(case.recipe, settings, say=lambda line, name=name: say(f"{name}: {line}"))

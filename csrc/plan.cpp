@@ -14,6 +14,7 @@
 
 #include "cpu/isa.h"
 #include "ops.h"
+#include "plan_ahead.h"
 #include "plan_barriers.h"
 #include "plan_check.h"
 
@@ -70,7 +71,39 @@ struct Operation {
   int64_t kind;
   const int64_t* fields;
   int64_t number;
+  bool begins = false;  // as in Image
 };
+
+template <typename T>
+const T* as(const Operation& op, int64_t kind) {
+  return op.kind == kind ? reinterpret_cast<const T*>(op.fields) : nullptr;
+}
+
+// Whether an operation only sets a map to zero.
+bool is_zero(const Operation& op) {
+  const auto* step = as<plan::Combine>(op, plan::kCombine);
+  return step != nullptr && step->terms.count == 0 && step->constant == plan::kNone && step->adds == 0 &&
+      step->activation == plan::kIdentity && step->moments == plan::kNone;
+}
+
+// Whether an operation adds to every pixel of what another one sets to zero.
+bool adds_to_all(const Operation& op, const Operation& zero, const int64_t* program) {
+  const auto* step = as<plan::ConvolveBackward>(op, plan::kConvolveBackward);
+  if (step == nullptr || step->needs_input == 0 || step->adds == 0) {
+    return false;
+  }
+  const plan::Map& target = as<plan::Combine>(zero, plan::kCombine)->target;
+  const plan::Map& dx = step->dx;
+  const bool is_same = dx.space == target.space && dx.offset == target.offset && dx.row == target.row &&
+      dx.pixel == target.pixel && dx.channels == target.channels && dx.height == target.height &&
+      dx.width == target.width;
+  int64_t pixels = 0;
+  for (int64_t k = 0; k < step->grids.count; ++k) {
+    const plan::Grid& grid = step->grids.in(program)[k];
+    pixels += grid.rows * grid.columns;
+  }
+  return is_same && pixels == dx.height * dx.width;
+}
 
 // Where the seconds of every operation go: [chunks][operations], or null where nobody asks.
 struct Clock {
@@ -107,7 +140,14 @@ struct Sequence {
           flag < flags.numel(), "run_plan: the program uses flag ", flag, ", there are ", flags.numel());
       if (flag < 0 || values[flag] != 0) {
         check(words[0], words + 2);
-        operations.push_back({words[0], words + 2, number + k});
+        Operation next{words[0], words + 2, number + k};
+        if (operations.size() > (ends.empty() ? 0 : ends.back()) && is_zero(operations.back()) &&
+            adds_to_all(next, operations.back(), program)) {
+          // what would be added to zeros is written, and the zeros are not
+          operations.pop_back();
+          next.begins = true;
+        }
+        operations.push_back(next);
       }
     }
     ends.push_back(operations.size());
@@ -177,6 +217,10 @@ void run_steps(
     const plan::Run& run, const Operation* begin, const Operation* end, float* memory, int64_t tile, const Clock& clock) {
   const plan::Header& header = run.header();
   const auto kernel = NASCOMPILE_PICK(plan_step);
+  plan::Readings readings;
+  for (const Operation* step = begin; step != end; ++step) {
+    readings.add(step->kind, step->fields, run.program, run.flags);
+  }
   share_out(header.chunks, [&](int64_t first, int64_t last) {
     for (int64_t chunk = first; chunk < last; ++chunk) {
       plan::Image image{
@@ -189,10 +233,16 @@ void run_steps(
           run.scratch(chunk),
           memory + chunk * tile,
           0,
-          run.streams};
+          run.streams,
+          false,
+          nullptr};
       const int64_t stop = header.images * (chunk + 1) / header.chunks;
+      plan::Ahead ahead(readings, run.slab, stop);
+      image.ahead = &ahead;
       for (image.number = header.images * chunk / header.chunks; image.number < stop; ++image.number) {
         for (const Operation* step = begin; step != end; ++step) {
+          ahead.begin(image.number, step - begin);
+          image.begins = step->begins;
           clock.time(chunk, step->number, [&] { kernel(step->kind, step->fields, image); });
         }
       }

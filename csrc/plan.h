@@ -221,6 +221,8 @@ struct Header {
   int64_t version, images, chunks, lane, sums, gradients, scratch, phases, phases_at;
 };
 
+class Ahead;
+
 // What a chunk's steps work on, for one image: the program for its lists, the slab, the chunk's own memory.
 struct Image {
   const int64_t* program;
@@ -235,6 +237,9 @@ struct Image {
   int64_t number;  // the image's
   // whether the slab is too large for the caches: what is not read soon does better to go past them
   bool streams;
+  // whether the step writes where it would add: nothing has been added there yet
+  bool begins;
+  Ahead* ahead;
 
   float* at(const Map& map) const {
     return map.space == kSlab ? slab + map.offset + number * map.image : scratch + map.offset;

@@ -8,6 +8,8 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/isa.h"
+
 namespace nascompile::plan {
 namespace {
 
@@ -60,81 +62,6 @@ void carry_out(const PackDepthwise& op, const Run& run) {
   });
 }
 
-// Channels of two lists at a time: what is transposed stays in the nearest cache, and both sides are gone over in order.
-constexpr int64_t kSide = 16;
-
-// visit(first, second) for blocks of at most kSide channels of one list and of the other, as segments
-template <typename Visit>
-void for_blocks(const List<Segment>& one, const List<Segment>& other, const Run& run, const Visit& visit) {
-  const auto parts = [&](const List<Segment>& list, const auto& each) {
-    for_each(list, run, [&](const Segment& segment) {
-      for (int64_t c = 0; c < segment.count; c += kSide) {
-        each(Segment{segment.logical + c, std::min(kSide, segment.count - c), segment.padded + c});
-      }
-    });
-  };
-  parts(one, [&](const Segment& first) {
-    parts(other, [&](const Segment& second) { visit(first, second); });
-  });
-}
-
-int64_t count_channels(const List<Segment>& segments, const Run& run) {
-  int64_t count = 0;
-  for_each(segments, run, [&](const Segment& segment) { count += segment.count; });
-  return count;
-}
-
-// target[tap][input][output], zero where padded
-void pack(const PackDense& op, const Run& run, const float* tensor, int64_t row, float* target) {
-  for_blocks(op.out_segments, op.in_segments, run, [&](const Segment& out, const Segment& in) {
-    for (int64_t tap = 0; tap < op.count; ++tap) {
-      float block[kSide][kSide];
-      for (int64_t o = 0; o < out.count; ++o) {
-        const float* from = tensor + (out.logical + o) * row + in.logical * op.count + tap;
-        for (int64_t i = 0; i < in.count; ++i) {
-          block[i][o] = from[i * op.count];
-        }
-      }
-      for (int64_t i = 0; i < in.count; ++i) {
-        float* to = target + (tap * op.in_channels + in.padded + i) * op.out_channels + out.padded;
-        std::copy_n(block[i], out.count, to);
-      }
-    }
-  });
-}
-
-// transposed[tap][output][input], zero where padded
-void pack_transposed(const PackDense& op, const Run& run, const float* tensor, int64_t row, float* transposed) {
-  for_channels(op.out_segments, run, [&](int64_t from, int64_t to) {
-    for_each(op.in_segments, run, [&](const Segment& in) {
-      for (int64_t tap = 0; tap < op.count; ++tap) {
-        const float* source = tensor + from * row + in.logical * op.count + tap;
-        float* target = transposed + (tap * op.out_channels + to) * op.in_channels + in.padded;
-        for (int64_t i = 0; i < in.count; ++i) {
-          target[i] = source[i * op.count];
-        }
-      }
-    });
-  });
-}
-
-void carry_out(const PackDense& op, const Run& run) {
-  const float* tensor = run.tensor(op.tensor);
-  const int64_t row = run.rows[op.tensor];
-  const int64_t size = op.count * op.in_channels * op.out_channels;
-  const int64_t written =
-      op.count * count_channels(op.in_segments, run) * count_channels(op.out_segments, run);
-  const auto begin = [&](float* target) { std::fill_n(target, written < size ? size : 0, 0.0f); };
-  if (float* target = run.vector(op.target)) {
-    begin(target);
-    pack(op, run, tensor, row, target);
-  }
-  if (float* transposed = run.vector(op.transposed)) {
-    begin(transposed);
-    pack_transposed(op, run, tensor, row, transposed);
-  }
-}
-
 void carry_out(const UnpackDepthwise& op, const Run& run) {
   float* tensor = run.tensor(op.tensor);
   for_channels(op.segments, run, [&](int64_t to, int64_t from) {
@@ -142,52 +69,7 @@ void carry_out(const UnpackDepthwise& op, const Run& run) {
       tensor[to * op.count + tap] = gradient_of(run, op.source + tap * op.channels + from);
     }
   });
-}
-
-// target[k] = the sum of the chunks' gradients from `source` on
-void sum_gradients(const Run& run, int64_t source, int64_t count, float* target) {
-  const int64_t chunks = run.header().chunks;
-  if (chunks == 1) {
-    std::copy_n(run.gradients(0) + source, count, target);
-    return;
-  }
-  for (int64_t first = 0; first < count; first += kSide) {
-    double sums[kSide] = {};
-    const int64_t most = std::min(kSide, count - first);
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      const float* gradients = run.gradients(chunk) + source + first;
-      for (int64_t k = 0; k < most; ++k) {
-        sums[k] += gradients[k];
-      }
-    }
-    for (int64_t k = 0; k < most; ++k) {
-      target[first + k] = static_cast<float>(sums[k]);
-    }
-  }
-}
-
-void carry_out(const UnpackDense& op, const Run& run) {
-  float* tensor = run.tensor(op.tensor);
-  const int64_t row = run.rows[op.tensor];
-  // sums of a few input channels, in the order in which the chunks' gradients lie in memory
-  std::vector<float> panel(kSide * op.out_channels);
-  for_each(op.in_segments, run, [&](const Segment& segment) {
-    for (int64_t first = 0; first < segment.count; first += kSide) {
-      const int64_t count = std::min(kSide, segment.count - first);
-      for (int64_t tap = 0; tap < op.count; ++tap) {
-        for (int64_t i = 0; i < count; ++i) {
-          const int64_t at = (tap * op.in_channels + segment.padded + first + i) * op.out_channels;
-          sum_gradients(run, op.source + at, op.out_channels, panel.data() + i * op.out_channels);
-        }
-        for_channels(op.out_segments, run, [&](int64_t o, int64_t padded) {
-          float* to = tensor + o * row + (segment.logical + first) * op.count + tap;
-          for (int64_t i = 0; i < count; ++i) {
-            to[i * op.count] = panel[i * op.out_channels + padded];
-          }
-        });
-      }
-    }
-  });
+  run.clear_gradients(op.source, op.count * op.channels);
 }
 
 void update(float* running, int64_t channel, double share, double batch) {
@@ -343,11 +225,11 @@ void run_barrier(int64_t kind, const int64_t* fields, const Run& run) {
     case kPackDepthwise:
       return carry_out_as<PackDepthwise>(fields, run);
     case kPackDense:
-      return carry_out_as<PackDense>(fields, run);
+      return NASCOMPILE_PICK(plan_pack_dense)(*reinterpret_cast<const PackDense*>(fields), run);
     case kUnpackDepthwise:
       return carry_out_as<UnpackDepthwise>(fields, run);
     case kUnpackDense:
-      return carry_out_as<UnpackDense>(fields, run);
+      return NASCOMPILE_PICK(plan_unpack_dense)(*reinterpret_cast<const UnpackDense*>(fields), run);
     case kNormalise:
       return carry_out_as<Normalise>(fields, run);
     case kCoefficients:

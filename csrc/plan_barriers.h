@@ -1,6 +1,9 @@
 // What happens once between the phases of a plan: plain C++ in double precision, no torch types.
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
+
 #include "plan.h"
 
 namespace nascompile::plan {
@@ -33,6 +36,12 @@ struct Run {
   }
   float* scratch(int64_t chunk) const {
     return gradients(chunk) + aligned(header().gradients);
+  }
+  // of all chunks
+  void clear_gradients(int64_t first, int64_t count) const {
+    for (int64_t chunk = 0; chunk < header().chunks; ++chunk) {
+      std::fill_n(gradients(chunk) + first, count, 0.0f);
+    }
   }
   bool holds(int64_t flag) const {
     return flag < 0 || flags[flag] != 0;

@@ -12,11 +12,14 @@ import typer
 from nascompile.cli_options import ModelArgument, short
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from nascompile.runtime.bench_report import Report, Row
 
 FILES = ("bench.csv", "bench.png")
+WIDTH = 160
+"""Letters of a line where nobody says how many there are."""
 
 
 def bench(
@@ -49,8 +52,6 @@ def bench(
     """Time and memory of a training step, beside others."""
     from functools import partial
 
-    from rich.console import Console
-
     from nascompile.runtime.bench import BenchSettings
     from nascompile.runtime.bench import bench as run_bench
     from nascompile.runtime.bench_report import plot, write_csv
@@ -70,8 +71,7 @@ def bench(
     )
     folder = JobFolder(out or Path("runs") / f"{model.stem}-bench")
     _check_folder(folder.path)
-    # in a file or a pipe nothing is cut off
-    console = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
+    console = _console()
     recipe = partial(from_file, model, batch_size, seed)
     with console.status("") as status:
         report = run_bench(recipe, settings, say=status.update, title=f"{model.name}, {settings.decision}")
@@ -81,6 +81,15 @@ def bench(
     console.print(f"\nwritten to {folder.path}: {', '.join(FILES)}", markup=False)
     if report.wrong:
         raise typer.Exit(1)
+
+
+def _console() -> Console:
+    """Where the table goes: as wide as the terminal, as COLUMNS says, or so wide that a file or a pipe gets
+    all of it."""
+    from rich.console import Console
+
+    known = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(highlight=False, width=None if known else WIDTH)
 
 
 def _names(peers: str | None) -> tuple[str, ...]:
@@ -111,11 +120,9 @@ def _check_folder(path: Path) -> None:
         raise JobFolderError(f"output folder {str(path)!r} is a file, expected a folder or nothing")
 
 
-def _show(console: object, report: Report) -> None:
-    from rich.console import Console
+def _show(console: Console, report: Report) -> None:
     from rich.markup import escape
 
-    assert isinstance(console, Console)
     console.print(_table(report))
     for note in report.notes:
         console.print(f"  {escape(note)}", style="dim")

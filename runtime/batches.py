@@ -62,14 +62,18 @@ def split_batch(raw: Any, model: nn.Module) -> Batch:
 
     Raises NascompileError for anything else, and for a dict without exactly one target.
     """
-    if isinstance(raw, Tensor):
+    if isinstance(raw, Tensor) and raw.dim():
         return Batch((raw,), {}, raw, len(raw))
     if isinstance(raw, Mapping):
         return _split_dict(dict(raw), model)
     if isinstance(raw, list | tuple) and len(raw) >= 2:
         items = list(raw)
         return Batch(tuple(items[:-1]), {}, items[-1], _size(raw))
-    described = f"{type(raw).__name__} of {len(raw)}" if isinstance(raw, list | tuple) else type(raw).__name__
+    described = type(raw).__name__
+    if isinstance(raw, list | tuple):
+        described += f" of {len(raw)}"
+    elif isinstance(raw, Tensor):
+        described += " without dimensions"
     raise NascompileError(f"a batch is a {described}; expected a tensor, a dict, or (inputs, target)")
 
 

@@ -13,23 +13,13 @@ from typing import Any
 import torch
 
 from nascompile.compiler.errors import NascompileError
-from nascompile.compiler.measure import count
-from nascompile.runtime.bench_compare import (
-    Error,
-    Values,
-    cloned,
-    errors,
-    exact_values,
-    is_random,
-    move_by_one_rounding,
-    put_back,
-    quiet_dropout,
-    values,
-)
-from nascompile.runtime.bench_peers import PEERS, Decision, arranged, build_call, find_peer
+from nascompile.runtime.bench_compare import Error
+from nascompile.runtime.bench_peers import PEERS, find_peer
+from nascompile.runtime.bench_process import WorkerFailed
+from nascompile.runtime.bench_reference import Facts, Reference, ReferenceProcess
 from nascompile.runtime.bench_report import Report, Row, machine
-from nascompile.runtime.bench_subject import Recipe, Subject
-from nascompile.runtime.bench_worker import Worker, WorkerFailed
+from nascompile.runtime.bench_subject import Recipe
+from nascompile.runtime.bench_worker import Worker
 
 ROUNDS = 10
 """How often every peer has its turn."""
@@ -62,9 +52,8 @@ class BenchSettings:
             raise NascompileError(f"seed is {self.seed}, expected at least 0")
 
 
-def default_peers(subject: Subject, settings: BenchSettings) -> tuple[str, ...]:
+def default_peers(settings: BenchSettings, *, has_maps: bool) -> tuple[str, ...]:
     """Eager in both layouts, torch.compile, ours; for a sampled path, that path as a network too."""
-    has_maps = any(isinstance(v, torch.Tensor) and v.dim() == 4 for v in subject.inputs)
     return (
         "eager",
         *(["eager-channels-last"] if has_maps else []),
@@ -84,33 +73,36 @@ def bench(
 ) -> Report:
     """Compare the peers on one subject. `say` is told what is being done.
 
-    Raises whatever the recipe raises, and NascompileError for a model that cannot be compared. A peer that
-    fails is a row that says why.
+    Raises NascompileError where the recipe does, and for a model that cannot be compared. A peer that fails
+    is a row that says why. The recipe is called in other processes only.
     """
-    reference = _Reference(recipe, settings, say)
-    names = settings.peers or default_peers(reference.subject, settings)
-    rate = matmul_rate(settings)
-    workers: dict[str, Worker] = {}
-    rows: dict[str, Row] = {name: Row(peer=name) for name in names}
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
     common: dict[str, Any] = {
         "kind": settings.decision,
         "seed": settings.seed,
         "threads": settings.threads,
         "device": settings.device,
     }
+    rate = matmul_rate(settings)
+    workers: dict[str, Worker] = {}
     found: list[Error] = []
-    with tempfile.TemporaryDirectory(prefix="nascompile-bench-") as folder:
+    with tempfile.TemporaryDirectory(prefix="nascompile-bench-") as place:
+        folder = Path(place)
+        say("eager PyTorch in fp64, for comparison")
+        facts, reference = _reference(recipe, folder, common)
+        names = settings.peers or default_peers(settings, has_maps=facts.has_maps)
+        rows = {name: Row(peer=name) for name in names}
         try:
-            for name in names:
+            for name, row in rows.items():
                 say(f"{name}: compiling")
-                row = rows[name]
                 try:
-                    workers[name] = worker = Worker(recipe, name, folder=Path(folder), **common)
+                    workers[name] = worker = Worker(recipe, name, folder=folder, **common)
                     row.ready_s = worker.ask("prepare", limit=settings.limit)
                     peak = worker.ask("memory")
                     row.memory_mib = None if peak is None else peak / 2**20
                     say(f"{name}: comparing")
-                    problems = _compare(reference, recipe, worker, Path(folder), common, settings)
+                    problems = _compare(reference, recipe, worker, folder, common, settings)
                     if PEERS[name].is_ours:
                         found += problems
                     wrong = [str(error) for error in problems if error.is_wrong]
@@ -127,12 +119,33 @@ def bench(
         title=title,
         rows=list(rows.values()),
         errors=found,
-        flops=None if reference.flops is None else PASSES * reference.flops,
+        flops=None if facts.flops is None else PASSES * facts.flops,
         matmul_rate=rate,
         machine=machine(settings),
         decision=settings.decision,
-        notes=reference.notes,
+        notes=_notes(facts, reference),
+        uncompared=reference if isinstance(reference, str) else "",
     )
+
+
+def _reference(recipe: Recipe, folder: Path, common: dict[str, Any]) -> tuple[Facts, Reference | str]:
+    """What is known of the subject, and its values; a string says why there are none."""
+    try:
+        process = ReferenceProcess(recipe, path=folder / "reference.pt", **common)
+        facts = process.facts()
+    except WorkerFailed as reason:
+        raise NascompileError(f"the model cannot be made: {reason}") from None
+    try:
+        return facts, process.compute()
+    except WorkerFailed as reason:
+        return facts, f"nothing was compared, eager PyTorch in fp64 failed: {reason}"
+    finally:
+        process.close()
+
+
+def _notes(facts: Facts, reference: Reference | str) -> list[str]:
+    is_quiet = not isinstance(reference, str) and reference.is_random
+    return [*facts.notes, *(["compared with dropout switched off"] if is_quiet else [])]
 
 
 def _take_turns(
@@ -155,47 +168,8 @@ def _take_turns(
         row.ready_s = max(0.0, (row.ready_s or 0.0) - 2e-3 * row.median_ms)
 
 
-class _Reference:
-    """What every peer is held against: eager PyTorch in fp32, in both layouts, and in fp64."""
-
-    def __init__(self, recipe: Recipe, settings: BenchSettings, say: Callable[[str], object]) -> None:
-        say("eager PyTorch in fp64, for comparison")
-        if settings.threads is not None:
-            torch.set_num_threads(settings.threads)
-        self.subject = subject = recipe().to(torch.device(settings.device))
-        self.notes = list(subject.notes)
-        decision = Decision(subject.model, settings.decision, seed=settings.seed)
-        self.flops = _flops(subject, decision)
-        call, _ = build_call(PEERS["eager"], subject.model, decision, subject.inputs)
-        self.is_random = is_random(*(values(subject, call, decision, seed=seed) for seed in (1, 2)))
-        if self.is_random:
-            quiet_dropout(subject.model)
-            self.notes.append("compared with dropout switched off")
-            if is_random(*(values(subject, call, decision, seed=seed) for seed in (1, 2))):
-                raise NascompileError(
-                    "the model draws random numbers in train mode, and not by dropout layers: no two runs "
-                    "can be compared"
-                )
-        self.eager = [values(subject, call, decision, with_inputs=True)]
-        subject.model = arranged(PEERS["eager-channels-last"], subject.model)
-        given = subject.inputs
-        subject.inputs = tuple(arranged(PEERS["eager-channels-last"], value) for value in given)
-        self.eager.append(values(subject, call, decision, with_inputs=True))
-        subject.inputs = given
-        parameters = list(subject.model.parameters())
-        before = cloned(parameters)
-        move_by_one_rounding(subject.model)
-        self.eager.append(values(subject, call, decision, with_inputs=True))
-        put_back(parameters, before)
-        self.exact = exact_values(subject, call, decision, with_inputs=True)
-
-    def errors(self, found: Values) -> list[Error]:
-        """How far something is from fp64."""
-        return errors(found, self.eager, self.exact)
-
-
 def _compare(
-    reference: _Reference,
+    reference: Reference | str,
     recipe: Recipe,
     worker: Worker,
     folder: Path,
@@ -203,7 +177,7 @@ def _compare(
     settings: BenchSettings,
 ) -> list[Error]:
     peer = PEERS[worker.peer]
-    if peer.runner == "single-path":
+    if isinstance(reference, str) or peer.runner == "single-path":
         return []
     if not reference.is_random:
         return _errors_of(worker, reference, folder, is_ours=peer.is_ours)
@@ -219,7 +193,7 @@ def _compare(
         other.close()
 
 
-def _errors_of(worker: Worker, reference: _Reference, folder: Path, *, is_ours: bool) -> list[Error]:
+def _errors_of(worker: Worker, reference: Reference, folder: Path, *, is_ours: bool) -> list[Error]:
     path = folder / "values.pt"
     # first the very step that is timed; gradients of the inputs make it another one
     worker.ask("values", path=str(path), with_inputs=False)
@@ -229,13 +203,6 @@ def _errors_of(worker: Worker, reference: _Reference, folder: Path, *, is_ours: 
         name = "gradients of the inputs"
         found[name] = torch.load(path)[name]
     return reference.errors(found)
-
-
-def _flops(subject: Subject, decision: Decision) -> int | None:
-    if subject.step is not None:
-        return None
-    architecture = None if decision.kind == "soft" else decision.architecture
-    return count(subject.model, subject.inputs, architecture).flops
 
 
 def matmul_rate(settings: BenchSettings) -> float:

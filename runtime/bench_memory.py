@@ -45,7 +45,7 @@ def peak_bytes(step: Callable[[], object], own: Iterable[Tensor], device: torch.
         return torch.cuda.max_memory_allocated(device) - before + kept
     if not _CLEAR.exists():
         return None
-    _give_back_memory()
+    give_back_memory()
     _CLEAR.write_text("5")
     resident = _status("VmRSS")
     step()
@@ -72,7 +72,8 @@ def _mallopt(parameter: int, value: int) -> None:
         ctypes.CDLL(None).mallopt(parameter, ctypes.c_int(value))
 
 
-def _give_back_memory() -> None:
+def give_back_memory() -> None:
+    """Return what is freed to the system, also what `keep_memory` kept."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -46,7 +46,8 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """All rows of one subject. `flops`: what a step needs; `matmul_rate`: FLOPs a second."""
+    """All rows of one subject. `flops`: what a step needs; `matmul_rate`: FLOPs a second; `uncompared`: why
+    no results could be compared."""
 
     title: str
     rows: list[Row]
@@ -56,12 +57,14 @@ class Report:
     machine: str
     decision: str
     notes: list[str] = field(default_factory=list)
+    uncompared: str = ""
 
     @property
     def wrong(self) -> list[str]:
         """Why there are no ratios; empty where all is well."""
         failed = [f"{row.peer}: {row.note}" for row in self.rows if row.is_ours and row.failed]
-        return failed + [str(error) for error in self.errors if error.is_wrong]
+        missing = [self.uncompared] if self.uncompared else []
+        return missing + failed + [str(error) for error in self.errors if error.is_wrong]
 
     def speed(self, row: Row) -> float | None:
         """How many times faster than the fastest other peer; None while a comparison fails."""

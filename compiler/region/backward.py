@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
 from nascompile.compiler.region.backward_maps import MapGradients
@@ -143,7 +144,7 @@ class Backward(MapGradients):
                 sums.get(None, NONE),
             ),
             reads=(*place.cells(), *(cell for t in summed for cell in self.forward.place(t.value).cells())),
-            writes=tuple(Summed("sums", at) for at in sums.values()),
+            writes=tuple(Summed(at) for at in sums.values()),
             flag=flag,
         )
         return sums
@@ -159,9 +160,9 @@ class Backward(MapGradients):
             scale, shift = scale_and_shift(vectors, channels)
             return DecisionGradient(slot, total, sums[term], scale, shift, channels, number, flag=flag)
 
-        reads = [Summed("sums", sums[term])]
+        reads = [Summed(sums[term])]
         if total != NONE:
-            reads.append(Summed("sums", total))
+            reads.append(Summed(total))
         self._barrier("decision gradient", term.value, make, reads, (), flag)
 
     def _norm(self, value: Value, op: Norm) -> None:
@@ -226,7 +227,7 @@ class Backward(MapGradients):
             )
 
         written = [b for b in (*outs, shared, constant) if b is not None]
-        sums = [Summed("sums", at) for a in arrivals for at in (a.sum_g, a.sum_gy)]
+        sums = [Summed(at) for a in arrivals for at in (a.sum_g, a.sum_gy)]
         self._barrier("normalise backward", value, make, sums, written, flag)
 
     def _staged_norm(self, value: Value, y: Place) -> None:
@@ -251,7 +252,7 @@ class Backward(MapGradients):
         read = one.staged_norm or one.source
         wants_input = read in self._is_needed
         depthwise, dense = self._weight_slots(value, one, flag)
-        if not wants_input and depthwise == dense == NONE:
+        if not wants_input and depthwise is None and dense is None:
             return
 
         def create(target: Place | None, moments: int, adds: bool) -> None:
@@ -275,7 +276,7 @@ class Backward(MapGradients):
         constant: Buffer | None,
         flag: int,
         gather: Gather | None,
-        slots: tuple[int, int],
+        slots: tuple[Buffer | None, Buffer | None],
     ) -> None:
         y = self.forward.place(value)
         part = one.taps_of
@@ -283,7 +284,11 @@ class Backward(MapGradients):
         size = (one.staged.source.height, one.staged.source.width)
         border = grid_border(part, one.crop, size, (y.height, y.width))
 
-        def make(maps: dict[str, Map], slots: tuple[int, int] = slots) -> ConvolveBackward:
+        transposed = None
+        if one.dense is not None and (gather is not None or slots[0] is not None):
+            transposed = self._pack_transposed(value, one, one.dense)
+
+        def make(maps: dict[str, Map], slots: Sequence[Buffer | None] = slots) -> ConvolveBackward:
             x, padded, dx = maps["x"], maps["padded"], maps.get("dx", maps["padded"])
             wants = gather is not None
             return ConvolveBackward(
@@ -291,7 +296,7 @@ class Backward(MapGradients):
                 y_height=y.height,
                 y_width=y.width,
                 y_channels=y.channels,
-                weights_transposed=offset(one.transposed),
+                weights_transposed=offset(transposed),
                 terms=terms(flows),
                 constant=offset(constant),
                 padded=padded,
@@ -299,26 +304,26 @@ class Backward(MapGradients):
                 dx=dx,
                 needs_input=int(wants),
                 adds=1,
-                depthwise_gradient=slots[0],
-                gradient=slots[1],
+                depthwise_gradient=offset(slots[0]),
+                gradient=offset(slots[1]),
             )
 
         staged = one.staged
-        packed = [b for b in (one.depthwise_weights, one.transposed) if b is not None]
-        written = tuple(Summed("gradients", at) for at in slots if at != NONE)
+        packed = [b for b in (one.depthwise_weights, transposed) if b is not None]
+        written: tuple[Hashable, ...] = tuple(Summed(slot) for slot in slots if slot is not None)
         if gather is not None:
             written += gather.target.cells()
             if gather.moments != NONE:
                 half = gather.moments + staged.source.channels
-                written += (Summed("sums", gather.moments), Summed("sums", half))
-        has_weights = slots != (NONE, NONE)
+                written += (Summed(gather.moments), Summed(half))
+        has_weights = slots != (None, None)
         full = self.flags.all_of([flag, self._with_parameters]) if has_weights else flag
         light = self.flags.all_of([flag, self.flags.chosen(WITHOUT_PARAMETERS)])
 
         def make_both(maps: dict[str, Map]) -> tuple[ConvolveBackward, ...]:
             """With the gradients of the weights, or without: the run says which."""
             first = replace(make(maps), flag=full)
-            return (first, replace(make(maps, (NONE, NONE)), flag=light)) if has_weights else (first,)
+            return (first, replace(make(maps, (None, None)), flag=light)) if has_weights else (first,)
 
         self._step(
             "convolve backward",

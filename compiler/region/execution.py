@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import operator
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -35,6 +38,9 @@ _WANTS_GRADIENT = operator.attrgetter("requires_grad")
 FLAG_LIMIT = 4096
 """Decisions whose flags are kept."""
 
+
+LARGE = 1 << 22
+"""Bytes from which on memory is asked for in large pages."""
 
 KEPT = 4
 """Pieces of memory that a region keeps between steps: what a program works in, the maps of three graphs."""
@@ -85,9 +91,22 @@ class Lease:
         self.give_back()
 
 
+def _allocate(floats: int, executor: Executor) -> Tensor:
+    """Fresh memory: of a CPU in large pages where Linux grants them, for a plan goes over more memory than
+    small ones can be remembered."""
+    size = floats * executor.dtype.itemsize
+    if executor.device != "cpu" or sys.platform != "linux" or size < LARGE:
+        return torch.empty(floats, dtype=executor.dtype, device=executor.device)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # a kernel without large pages refuses
+    with contextlib.suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=executor.dtype)
+
+
 def new_memory(floats: int, executor: Executor) -> Tensor:
     """Memory of the executor's type, aligned as programs need it."""
-    memory = torch.empty(floats + ALIGNMENT, dtype=executor.dtype, device=executor.device)
+    memory = _allocate(floats + ALIGNMENT, executor)
     skip = -memory.data_ptr() // memory.element_size() % ALIGNMENT
     return memory[skip : skip + floats]
 

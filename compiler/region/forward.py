@@ -121,16 +121,14 @@ class Forward(MapTasks):
             depthwise, dense = op, None
         else:
             dense = op
-        one = ConvOf(value, source, staged, norm, crop, depthwise, dense, None, None, None)
+        one = ConvOf(value, source, staged, norm, crop, depthwise, dense, None, None)
         if depthwise is not None:
             one.depthwise_weights = self._pack_depthwise(
                 depthwise, staged.source.channels, source.layout.segments, value
             )
         if dense is not None:
             outputs = value.layout.padded
-            one.weights, one.transposed = self._pack_dense(
-                dense, staged.source.channels, outputs, source, value
-            )
+            one.weights = self._pack_dense(dense, staged.source.channels, outputs, source, value)
         self.convs[value] = one
         place = self.place(value)
         moments, sums = self._new_moments(value, place)
@@ -168,7 +166,7 @@ class Forward(MapTasks):
                 *(moments, elements, op.epsilon, op.momentum, *tensors, segments, channels, out.offset),
                 flag=self.flag(value),
             ),
-            () if moments == NONE else (Summed("sums", moments),),
+            () if moments == NONE else (Summed(moments),),
             # one after another where a module is called twice
             (out, ("running", op.running_mean)) if op.updates else (out,),
             self.flag(value),

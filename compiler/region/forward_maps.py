@@ -75,7 +75,7 @@ class MapTasks(Packing):
         if not any(isinstance(user.op, Norm) and user.op.by_batch for user in value.users):
             return NONE, ()
         at = self.moments[value] = self.new_sums(2 * place.channels)
-        return at, (Summed("sums", at),)
+        return at, (Summed(at),)
 
     def _pool(self, value: Value, op: PoolOp) -> None:
         source = value.inputs[0]
@@ -159,7 +159,7 @@ class MapTasks(Packing):
                     (Term(place.map(), NONE, NONE),), NONE, Activation.none, place.map(), 0, at
                 ),
                 reads=place.cells(),
-                writes=(*place.cells(), Summed("sums", at)),
+                writes=(*place.cells(), Summed(at)),
                 flag=self.flag(source),
             )
         return self.moments[source]

@@ -24,9 +24,9 @@ from nascompile.compiler.region.ir import (
     Weight,
 )
 from nascompile.compiler.region.memory import Buffer, Place
-from nascompile.compiler.region.packing import Rows
+from nascompile.compiler.region.packing import Rows, dense_packer
 from nascompile.compiler.region.storage import ConvOf, TermOf
-from nascompile.compiler.region.tasks import Summed, Task, TaskList
+from nascompile.compiler.region.tasks import PACK, UNPACK, Summed, Task, TaskList
 from nascompile.kernels.plan.steps import (
     NONE,
     Activation,
@@ -91,13 +91,14 @@ class Gradients:
         self.buffers: list[Buffer] = []
         self.tensors: list[Any] = []
         self._numbers: dict[Hashable, int] = {}
-        self.sums = self.gradients = 0
+        self.sums = 0
+        self.gradients: dict[Rows, Buffer] = {}
         self._of: defaultdict[Value, Gradient] = defaultdict(Gradient)
         self._arrivals: defaultdict[Value, list[Arrival]] = defaultdict(list)
         self._staged_norms: defaultdict[Value, list[Callable[[Place, int, bool], None]]] = defaultdict(list)
         self._places: dict[Value, Place] = {}
         self._begun: set[Hashable] = set()
-        self._slots: dict[Rows, list[tuple[int, int]]] = {}
+        self._transposed: dict[Rows, Buffer] = {}
         self.reached: dict[Hashable, int] = {}
         self._is_needed = self._needed()
         self._with_parameters = self.flags.chosen(WITH_PARAMETERS)
@@ -241,21 +242,34 @@ class Gradients:
             flows.append(Flow(place, None, flag))
         return flows, constant, flag
 
-    def _weight_slots(self, value: Value, one: ConvOf, flag: int) -> tuple[int, int]:
+    def _weight_slots(self, value: Value, one: ConvOf, flag: int) -> tuple[Buffer | None, Buffer | None]:
         """Where the chunks add up the gradients of the weights."""
-        found = []
+        found: list[Buffer | None] = []
         inputs, outputs = one.staged.source.channels, self.forward.place(value).channels
         for part, size in ((one.depthwise, inputs), (one.dense, inputs * outputs)):
             if part is None or not self.wanted.parameters:
-                found.append(NONE)
+                found.append(None)
                 continue
             self._reach(part.weight, self.flags.all_of([flag, self._with_parameters]))
-            if part.rows not in self._slots:
+            if part.rows not in self.gradients:
                 count = part.kernel[0] * part.kernel[1]
-                self._slots[part.rows] = [(self.gradients, value.number)]
-                self.gradients += count * size
-            found.append(self._slots[part.rows][0][0])
+                self.gradients[part.rows] = Buffer("gradient", count * size, False)
+            found.append(self.gradients[part.rows])
         return found[0], found[1]
+
+    def _pack_transposed(self, value: Value, one: ConvOf, part: Conv) -> Buffer:
+        """The weights of a dense part as its input's gradient needs them."""
+        if part.rows not in self._transposed:
+            sizes = one.staged.source.channels, self.forward.place(value).channels
+            target = Buffer(
+                "transposed weights", part.kernel[0] * part.kernel[1] * sizes[0] * sizes[1], False
+            )
+            self.buffers.append(target)
+            self._transposed[part.rows] = target
+            make = dense_packer(part, self.tensor(part.weight), sizes, one.source, value)
+            flag = self.forward.pack_flag(part.rows)
+            self._barrier(PACK, value, lambda: make(NONE, target.offset, flag), (), (target,), flag)
+        return self._transposed[part.rows]
 
     def _reach(self, ref: Hashable, flag: int) -> None:
         self.reached[ref] = self.flags.any_of([flag, self.reached.get(ref, NEVER)])
@@ -268,25 +282,25 @@ class Gradients:
         done: set[Rows] = set()
         for value, one in self.forward.convs.items():
             for part in (one.depthwise, one.dense):
-                if part is None or part.rows in done or part.rows not in self._slots:
+                if part is None or part.rows in done or part.rows not in self.gradients:
                     continue
                 done.add(part.rows)
                 self._unpack_one(value, one, part)
 
     def _unpack_one(self, value: Value, one: ConvOf, part: Conv) -> None:
-        at, flag = self._slots[part.rows][0][0], self.reached[part.weight]
+        at, flag = self.gradients[part.rows], self.reached[part.weight]
         count, number = part.kernel[0] * part.kernel[1], self.tensor(("grad", part.weight))
         inputs, outputs = one.staged.source.channels, self.forward.place(value).channels
         read = one.source.layout.segments
         make: Any
         if part.is_depthwise:
-            make = lambda: UnpackDepthwise(at, count, read, inputs, number, flag=flag)  # noqa: E731
+            make = lambda: UnpackDepthwise(at.offset, count, read, inputs, number, flag=flag)  # noqa: E731
         else:
             written = value.layout.shifted(part.first)
             make = lambda: UnpackDense(  # noqa: E731
-                at, count, read, written, inputs, outputs, number, flag=flag
+                at.offset, count, read, written, inputs, outputs, number, flag=flag
             )
-        self._barrier("unpack", value, make, (Summed("gradients", at),), (), flag)
+        self._barrier(UNPACK, value, make, (Summed(at),), (), flag)
 
     def _slot(self, arrival: Arrival) -> int:
         weight = None if arrival.term is None else arrival.term.weight

@@ -16,8 +16,8 @@ cache."""
 
 @dataclass(eq=False, slots=True)
 class Buffer:
-    """Floats in the slab. `first` and `last` are the phases between which they are used; vectors live
-    throughout."""
+    """Floats of the slab or of the chunks' gradients. `first` and `last` are the phases between which they
+    are used; vectors live throughout."""
 
     name: str
     floats: int
@@ -25,6 +25,7 @@ class Buffer:
     first: int = 1 << 60
     last: int = -1
     offset: int = NONE
+    is_map: bool = False
     image: int = NONE
     """From one image to the next, in floats, where that is more than the buffer's own size."""
     borders: list[int] = field(default_factory=list)
@@ -79,7 +80,14 @@ def new_place(name: str, images: int, channels: int, height: int, width: int) ->
     """A map with a buffer of its own, dense."""
     image = height * width * channels
     return Place(
-        Buffer(name, images * image, False), 0, image, width * channels, channels, channels, height, width
+        Buffer(name, images * image, False, is_map=True),
+        0,
+        image,
+        width * channels,
+        channels,
+        channels,
+        height,
+        width,
     )
 
 
@@ -109,8 +117,11 @@ def lay_out_images(buffers: Iterable[Buffer], images: int) -> int:
     """As `lay_out` where one phase is all there is and `first` and `last` count its steps: every image has
     memory of its own, in which maps that are never used at one time share. Returns the floats."""
     buffers = list(buffers)
-    vectors = lay_out(buffer for buffer in buffers if buffer.is_vector)
-    maps = [buffer for buffer in buffers if not buffer.is_vector]
+    others = [buffer for buffer in buffers if not buffer.is_map]
+    for buffer in others:
+        buffer.is_vector = True
+    vectors = lay_out(others)
+    maps = [buffer for buffer in buffers if buffer.is_map]
     for buffer in maps:
         buffer.floats //= images
     size = aligned(lay_out(maps))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from nascompile.compiler.region.flags import ALWAYS, Flags
@@ -10,7 +11,7 @@ from nascompile.compiler.region.layout import Segments
 from nascompile.compiler.region.memory import Buffer
 from nascompile.compiler.region.settings import Settings
 from nascompile.compiler.region.storage import Storage
-from nascompile.compiler.region.tasks import Task, TaskList
+from nascompile.compiler.region.tasks import PACK, Task, TaskList
 from nascompile.kernels.plan.steps import NONE, PackDense, PackDepthwise
 
 Rows = tuple[TensorRef, int]
@@ -23,7 +24,7 @@ class Packing(Storage):
     def __init__(self, graph: Graph, settings: Settings, flags: Flags) -> None:
         super().__init__(graph, settings, flags)
         self.tasks = TaskList()
-        self._packed: dict[Rows, tuple[Buffer | None, Buffer | None]] = {}
+        self._packed: dict[Rows, Buffer] = {}
         self._packers: dict[Rows, list[Value]] = {}
 
     def _barrier(self, name: str, value: Value, make: Any, reads: Any, writes: Any, flag: int) -> None:
@@ -32,16 +33,15 @@ class Packing(Storage):
     def _pack_depthwise(self, op: Conv, channels: int, segments: Segments, value: Value) -> Buffer:
         count = op.kernel[0] * op.kernel[1]
         self._packers.setdefault(op.rows, []).append(value)
-        known = self._packed.get(op.rows)
-        if known is not None and known[0] is not None:
-            return known[0]
+        if op.rows in self._packed:
+            return self._packed[op.rows]
         buffer, tensor = self.vector("depthwise weights", count * channels), self.tensor(op.weight)
-        self._packed[op.rows] = (buffer, None)
+        self._packed[op.rows] = buffer
         self._barrier(
-            "pack",
+            "pack depthwise",
             value,
             lambda: PackDepthwise(
-                *(tensor, count, segments, channels, buffer.offset), flag=self._pack_flag(op.rows)
+                *(tensor, count, segments, channels, buffer.offset), flag=self.pack_flag(op.rows)
             ),
             (),
             (buffer,),
@@ -49,32 +49,33 @@ class Packing(Storage):
         )
         return buffer
 
-    def _pack_dense(
-        self, op: Conv, inputs: int, outputs: int, source: Value, value: Value
-    ) -> tuple[Buffer, Buffer | None]:
+    def _pack_dense(self, op: Conv, inputs: int, outputs: int, source: Value, value: Value) -> Buffer:
         self._packers.setdefault(op.rows, []).append(value)
         if op.rows in self._packed:
-            return self._packed[op.rows]  # type: ignore[return-value]
-        count = op.kernel[0] * op.kernel[1]
-        size, tensor = count * inputs * outputs, self.tensor(op.weight)
-        target = self.vector("weights", size)
-        transposed = self.vector("transposed weights", size) if self.settings.has_backward else None
-        segments = source.layout.segments, value.layout.shifted(op.first)
-        self._packed[op.rows] = (target, transposed)
+            return self._packed[op.rows]
+        target = Buffer("weights", op.kernel[0] * op.kernel[1] * inputs * outputs, False)
+        self.buffers.append(target)
+        self._packed[op.rows] = target
+        make = dense_packer(op, self.tensor(op.weight), (inputs, outputs), source, value)
         self._barrier(
-            "pack",
+            PACK,
             value,
-            lambda: PackDense(
-                *(tensor, count, *segments, inputs, outputs),
-                target.offset,
-                NONE if transposed is None else transposed.offset,
-                flag=self._pack_flag(op.rows),
-            ),
+            lambda: make(target.offset, NONE, self.pack_flag(op.rows)),
             (),
-            (target,) if transposed is None else (target, transposed),
+            (target,),
             ALWAYS,
         )
-        return target, transposed
+        return target
 
-    def _pack_flag(self, rows: Rows) -> int:
+    def pack_flag(self, rows: Rows) -> int:
         return self.flags.any_of(self.flag(value) for value in self._packers[rows])
+
+
+def dense_packer(
+    op: Conv, tensor: int, sizes: tuple[int, int], source: Value, value: Value
+) -> Callable[[int, int, int], PackDense]:
+    """Makes the operation that packs a weight, from its target, the target of the transposed weight, and its
+    flag. `sizes`: padded channels of input and output."""
+    count, segments = op.kernel[0] * op.kernel[1], value.layout.shifted(op.first)
+    fields = (tensor, count, source.layout.segments, segments, *sizes)
+    return lambda target, transposed, flag: PackDense(*fields, target, transposed, flag=flag)

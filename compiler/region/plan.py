@@ -26,9 +26,12 @@ from nascompile.compiler.region.tasks import (
     Task,
     TaskList,
     in_phase,
+    pack_at_once,
+    pack_when_used,
     scratch_map,
     set_phases,
     touch,
+    unpack_when_complete,
 )
 from nascompile.kernels.plan.program import Phase, Program, aligned, encode
 from nascompile.kernels.plan.steps import NONE, Activation, Combine, Map, Unstage
@@ -91,18 +94,26 @@ def _build(graph: Graph, settings: Settings, wanted: Wanted | None) -> Plan:
     flags = Flags()
     forward = Forward(graph, settings, flags)
     phases = set_phases(forward.tasks, late=False)
+    # a GPU packs all at once, and keeps the gradients of all weights: a launch costs more than memory
+    in_turn = settings.executor.device == "cpu" and "reuse_memory" not in settings.without
+    if in_turn:
+        pack_when_used(forward.tasks.tasks)
     backward = None if wanted is None else Backward(forward, wanted)
-    buffers: list[Buffer] = list(forward.buffers)
-    one_phase = (
-        # a thread of the CPU carries an image through all steps in their order
-        (backward is None and phases == 1 and settings.executor.device == "cpu")
-        and "reuse_memory" not in settings.without
-    )
+    buffers, gradients = list(forward.buffers), list[Buffer]()
+    # a thread of the CPU carries an image through all steps in their order
+    one_phase = backward is None and phases == 1 and in_turn
     touch([] if one_phase else forward.tasks.tasks, 0)
     if backward is not None:
         set_phases(backward.tasks, late="gather_phases" not in settings.without)
+        if in_turn:
+            unpack_when_complete(backward.tasks.tasks)
+        else:
+            pack_at_once(backward.tasks.tasks)
         touch(backward.tasks.tasks, phases)
         buffers += backward.buffers
+        gradients += backward.gradients.values()
+    for buffer in [] if in_turn else gradients:
+        buffer.first = 0
     if "reuse_memory" in settings.without:
         for buffer in buffers:
             buffer.first = 0
@@ -114,7 +125,8 @@ def _build(graph: Graph, settings: Settings, wanted: Wanted | None) -> Plan:
     ahead = _emit(forward.tasks, settings, flags, forward.sums, 0, forward.tensors)
     back = None
     if backward is not None:
-        back = _emit(backward.tasks, settings, flags, backward.sums, backward.gradients, backward.tensors)
+        size = lay_out(gradients)
+        back = _emit(backward.tasks, settings, flags, backward.sums, size, backward.tensors)
     return Plan(graph, settings, flags, ahead, back, {} if backward is None else backward.reached, slab)
 
 

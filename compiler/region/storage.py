@@ -75,7 +75,6 @@ class ConvOf:
     dense: Conv | None
     depthwise_weights: Buffer | None
     weights: Buffer | None
-    transposed: Buffer | None
 
     @property
     def taps_of(self) -> Conv:

@@ -15,6 +15,9 @@ from nascompile.compiler.region.ir import Value
 from nascompile.compiler.region.memory import Buffer, Place
 from nascompile.kernels.plan.steps import Activation, Map, Space
 
+PACK, UNPACK = "pack", "unpack"
+"""The names of the tasks that pack weights, and of those that unpack their gradients."""
+
 
 @dataclass(frozen=True, slots=True)
 class Staged:
@@ -99,10 +102,9 @@ class TaskList:
 
 @dataclass(frozen=True, slots=True)
 class Summed:
-    """Something chunks add to: `kind` is "sums" (fp64) or "gradients" (fp32), at `offset`."""
+    """Something chunks add to: sums (fp64), by their offset, or the gradients (fp32) of a weight."""
 
-    kind: str
-    offset: int
+    what: int | Buffer
 
 
 def set_phases(tasks: TaskList, *, late: bool) -> int:
@@ -131,6 +133,35 @@ def set_phases(tasks: TaskList, *, late: bool) -> int:
         for task in tasks.tasks:
             task.phase = last - task.phase
     return last + 1
+
+
+def pack_when_used(tasks: Sequence[Task]) -> None:
+    """Move the tasks that pack weights to the phases in which these are first read: until then they need no
+    memory, and then they lie in a cache."""
+    first: dict[Hashable, int] = {}
+    for task in tasks:
+        for what in task.reads:
+            first[what] = min(first.get(what, task.phase), task.phase)
+    for task in tasks:
+        if task.name == PACK:
+            task.phase = min((first[what] for what in task.writes if what in first), default=task.phase)
+
+
+def pack_at_once(tasks: Sequence[Task]) -> None:
+    """Move the tasks that pack weights to the first phase."""
+    for task in tasks:
+        task.phase = 0 if task.name == PACK else task.phase
+
+
+def unpack_when_complete(tasks: Sequence[Task]) -> None:
+    """Move the tasks that unpack gradients to the phases after those in which these are added up."""
+    last: dict[Hashable, int] = {}
+    for task in tasks:
+        for what in task.writes:
+            last[what] = max(last.get(what, 0), task.phase)
+    for task in tasks:
+        if task.name == UNPACK:
+            task.phase = 1 + max(last[what] for what in task.reads)
 
 
 class _Seen:
@@ -194,7 +225,7 @@ def touch(tasks: Sequence[Task], shift: int) -> None:
     """Record in the buffers when they are used; `shift` is the number of phases before these tasks."""
     for task in tasks:
         for what in (*task.reads, *task.writes):
-            buffer = what[0] if isinstance(what, tuple) else what
+            buffer = what.what if isinstance(what, Summed) else what[0] if isinstance(what, tuple) else what
             if isinstance(buffer, Buffer):
                 buffer.first = min(buffer.first, task.phase + shift)
                 buffer.last = max(buffer.last, task.phase + shift)

@@ -6,6 +6,10 @@
 
 namespace nascompile {
 
+namespace plan {
+struct Run;
+}
+
 enum class Isa { plain, avx2, avx512 };
 
 // The best instruction set that is built in and that this processor has, unless a test chose a lesser one.
@@ -24,6 +28,10 @@ int isa_lane(Isa isa);
   /* a step of a plan for one image, and the floats of Image.tile that it needs */                   \
   void plan_step(int64_t kind, const int64_t* fields, const plan::Image& image);                     \
   int64_t plan_tile(int64_t kind, const int64_t* fields, const int64_t* program);                    \
+                                                                                                     \
+  /* barrier operations that go over whole weights */                                                \
+  void plan_pack_dense(const plan::PackDense& op, const plan::Run& run);                             \
+  void plan_unpack_dense(const plan::UnpackDense& op, const plan::Run& run);                         \
                                                                                                      \
   void plan_load(const plan::Load& step, const plan::Image& image);                                  \
   void plan_store(const plan::Store& step, const plan::Image& image);                                \

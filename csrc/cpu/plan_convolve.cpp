@@ -51,6 +51,7 @@ void plan_convolve(const plan::Convolve& step, const plan::Image& image) {
     part.target = image.at(y) + row * y.row;
     part.target_row = y.row;
     part.target_pixel = y.pixel;
+    part.ahead = image.ahead;
     if (spatial.count == 0) {
       dense(mixing, part, moments);
     } else if (mixing.count == 0) {

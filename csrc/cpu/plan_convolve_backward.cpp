@@ -76,6 +76,10 @@ void make_dy(const plan::ConvolveBackward& step, const plan::Image& image, int64
   } while (next < step.terms.count);
 }
 
+bool adds(const plan::ConvolveBackward& step, const plan::Image& image) {
+  return step.adds != 0 && !image.begins;
+}
+
 bool is_separable(const plan::ConvolveBackward& step) {
   return step.depthwise_taps.count > 0 && step.taps.count > 0;
 }
@@ -109,7 +113,8 @@ Rectangle grid_rectangle(
       grid.step_h * dx.row,
       grid.step_w * dx.pixel,
       grid.rows,
-      grid.columns};
+      grid.columns,
+      image.ahead};
 }
 
 void make_dx(const plan::ConvolveBackward& step, const plan::Image& image) {
@@ -121,10 +126,10 @@ void make_dx(const plan::ConvolveBackward& step, const plan::Image& image) {
     const plan::Tap* const taps = grid.taps.in(image.program);
     if (step.depthwise_taps.count > 0) {
       const float* const weights = image.slab + step.depthwise_weights;
-      depthwise({taps, grid.taps.count, weights, step.x.channels, step.adds != 0, false}, all, none);
+      depthwise({taps, grid.taps.count, weights, step.x.channels, adds(step, image), false}, all, none);
     } else {
       const float* const weights = image.slab + step.weights_transposed;
-      dense({taps, grid.taps.count, weights, step.y_channels, step.x.channels, step.adds != 0, false}, all, none);
+      dense({taps, grid.taps.count, weights, step.y_channels, step.x.channels, adds(step, image), false}, all, none);
     }
   }
 }
@@ -153,11 +158,12 @@ void pointwise_tile(
         dx.row,
         dx.pixel,
         part.rows,
-        part.columns};
+        part.columns,
+        image.ahead};
     const plan::Tap same{0, tap.weight};
     const float* const weights = image.slab + step.weights_transposed;
     const Moments none(nullptr, nullptr, 0);
-    dense({&same, 1, weights, step.y_channels, step.x.channels, step.adds != 0, false}, back, none);
+    dense({&same, 1, weights, step.y_channels, step.x.channels, adds(step, image), false}, back, none);
   }
 }
 
@@ -193,7 +199,8 @@ void plan_convolve_backward(const plan::ConvolveBackward& step, const plan::Imag
         padded.row,
         padded.pixel,
         std::min(rows, step.y_height - row),
-        step.y_width};
+        step.y_width,
+        image.ahead};
     if (is_pointwise(step)) {
       pointwise_tile(step, image, row, part);
     } else if (!separable) {
@@ -218,7 +225,7 @@ void plan_convolve_backward(const plan::ConvolveBackward& step, const plan::Imag
         const float* const weights = image.slab + step.depthwise_weights;
         depthwise({depthwise_taps, step.depthwise_taps.count, weights, x.channels, false, false}, between, none);
         // both lie without gaps
-        const Rectangle flat{d_tile, 0, x.channels, dy_tile, 0, step.y_channels, 1, part.pixels()};
+        const Rectangle flat{d_tile, 0, x.channels, dy_tile, 0, step.y_channels, 1, part.pixels(), image.ahead};
         const int64_t at = taps->weight * x.channels * step.y_channels;
         dense_gradient(flat, x.channels, step.y_channels, gradient + at);
       }

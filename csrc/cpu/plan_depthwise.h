@@ -68,6 +68,7 @@ inline void for_blocks(const Rectangle& all, const Visit& visit) {
     const float* const source = all.source + row * all.source_row;
     float* const target = all.target + row * all.target_row;
     blocks<kPixelsOf<kSize>>(all.columns, [&](int64_t at, auto count) {
+      all.fetch_on(decltype(count)::value * kSize * kSize);
       visit(source + at * all.source_pixel, target + at * all.target_pixel, count);
     });
   }
@@ -135,13 +136,14 @@ NASCOMPILE_INLINE void depthwise_block(
 
 // `visit(source, target, count)` for blocks of at most kMost neighbouring pixels of all rows, in one function, so that
 // what lies in registers stays there.
-template <int kMost, typename Visit>
+template <int kSize, int kMost, typename Visit>
 NASCOMPILE_INLINE void square_blocks(const Rectangle& all, const Visit& visit) {
   for (int64_t row = 0; row < all.rows; ++row) {
     const float* source = all.source + row * all.source_row;
     float* target = all.target + row * all.target_row;
     int64_t left = all.columns;
     for (; left >= kMost; left -= kMost) {
+      all.fetch(kMost * kSize * kSize);
       visit(source, target, std::integral_constant<int, kMost>());
       source += kMost * all.source_pixel;
       target += kMost * all.target_pixel;
@@ -168,7 +170,7 @@ NASCOMPILE_APART void square_depthwise(const Rectangle& all, int64_t unit, const
     weights[t] = Vec::loadu(rows.vectors + t * kLane);
   }
   const int64_t target_pixel = all.target_pixel;
-  square_blocks<4>(all, [&](const float* source, float* target, auto count) {
+  square_blocks<kSize, 4>(all, [&](const float* source, float* target, auto count) {
     constexpr int kPixels = decltype(count)::value;
     Vec sums[kPixels];
 #pragma GCC unroll 4
@@ -186,6 +188,15 @@ NASCOMPILE_APART void square_depthwise(const Rectangle& all, int64_t unit, const
   });
 }
 
+// The same for all blocks.
+template <int kSize, int kStride, int kDilation>
+NASCOMPILE_APART void depthwise_blocks(const Rectangle& all, int64_t unit, bool adds, const Rows& rows, Sink& sink) {
+  for_blocks<kSize>(all, [&](const float* source, float* target, auto count) {
+    depthwise_block<kSize, kStride, kDilation, decltype(count)::value>(
+        rows, unit, adds, source, target, all.target_pixel, sink);
+  });
+}
+
 template <int kSize, int kStride, int kDilation>
 inline void depthwise_rows(const Rectangle& all, int64_t unit, bool adds, const Rows& rows, Sink& sink) {
   if constexpr (kSize == 3) {
@@ -194,10 +205,7 @@ inline void depthwise_rows(const Rectangle& all, int64_t unit, bool adds, const 
                   : square_depthwise<kSize, kStride, kDilation, false>(all, unit, rows, sink);
     }
   }
-  for_blocks<kSize>(all, [&](const float* source, float* target, auto count) {
-    depthwise_block<kSize, kStride, kDilation, decltype(count)::value>(
-        rows, unit, adds, source, target, all.target_pixel, sink);
-  });
+  depthwise_blocks<kSize, kStride, kDilation>(all, unit, adds, rows, sink);
 }
 
 // The rectangle is one tile for the moments.
@@ -216,6 +224,7 @@ inline void depthwise(const Depthwise& call, const Rectangle& all, const Moments
       const bool adds = call.adds || first > 0;
       const bool is_last = first + rows.count == window.rows;
       Sink sink{moments, channel, is_last && moments, is_last && call.streams};
+      all.ahead->turn();
       switch_window(window, [&](auto size, auto stride, auto dilation) {
         depthwise_rows<decltype(size)::value, decltype(stride)::value, decltype(dilation)::value>(
             part, window.unit, adds, rows, sink);
@@ -269,7 +278,7 @@ NASCOMPILE_APART void square_gradient(const Rectangle& all, int64_t unit, Rows& 
     sums[t] = Vec::loadu(rows.vectors + t * kLane);
   }
   const int64_t target_pixel = all.target_pixel;
-  square_blocks<4>(all, [&](const float* source, const float* target, auto count) {
+  square_blocks<kSize, 4>(all, [&](const float* source, const float* target, auto count) {
     constexpr int kPixels = decltype(count)::value;
     Vec values[kPixels];
 #pragma GCC unroll 4
@@ -315,6 +324,7 @@ inline void depthwise_gradient(
       for_taps(window, rows, first, [&](float* vector, int64_t weight) {
         Vec::loadu(gradient + weight * channels + channel).store(vector);
       });
+      all.ahead->turn();
       switch_window(window, [&](auto size, auto stride, auto dilation) {
         gradient_rows<decltype(size)::value, decltype(stride)::value, decltype(dilation)::value>(
             part, window.unit, rows);

@@ -18,6 +18,8 @@ struct Dense {
 
 // more, and gcc 12 runs out of registers
 constexpr int kUnroll = 2;
+// pixels, between one look ahead and the next
+constexpr int64_t kSome = 16;
 
 // Pixels that lie equally far apart.
 struct Line {
@@ -155,13 +157,16 @@ NASCOMPILE_INLINE void dense_block(
 template <int kPixels, int kVecs, typename Weights>
 NASCOMPILE_APART void dense_channels(
     const Dense& call, const Weights& weights, const Rectangle& all, int64_t channel, const Moments& moments) {
+  all.ahead->turn();
   const bool is_flat =
       all.source_row == all.columns * all.source_pixel && all.target_row == all.columns * all.target_pixel;
+  const int64_t products = kVecs * call.count * call.in;
   // with 16 registers the addresses of a line are one thing too many
   if (!kWide || (!is_flat && all.columns % kPixels != 0)) {
     Walk walk(all);
     blocks<kPixels>(all.pixels(), [&](int64_t at, auto count) {
       const Steps<decltype(count)::value> pixels(walk);
+      all.fetch_on(decltype(count)::value * products);
       dense_block<decltype(count)::value, kVecs>(call, weights, pixels, channel, moments, at == 0);
     });
     return;
@@ -172,6 +177,11 @@ NASCOMPILE_APART void dense_channels(
     Line pixels{
         all.source + row * all.source_row, all.source_pixel, all.target + row * all.target_row, all.target_pixel};
     blocks<kPixels>(columns, [&](int64_t at, auto count) {
+      if constexpr (std::is_same_v<Weights, Held>) {
+        all.fetch(decltype(count)::value * products);
+      } else {
+        all.fetch_on(decltype(count)::value * products);
+      }
       dense_block<decltype(count)::value, kVecs>(call, weights, pixels, channel, moments, row == 0 && at == 0);
       pixels.source += decltype(count)::value * pixels.source_pixel;
       pixels.target += decltype(count)::value * pixels.target_pixel;
@@ -196,6 +206,7 @@ inline void dense(const Dense& call, const Rectangle& all, const Moments& moment
 // here both maps are read.
 template <int kRows, int kVecs>
 NASCOMPILE_APART void dense_gradient_block(const Rectangle& all, int64_t out, float* gradient) {
+  all.ahead->turn();
   Vec sums[kRows][kVecs];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
@@ -208,6 +219,9 @@ NASCOMPILE_APART void dense_gradient_block(const Rectangle& all, int64_t out, fl
     const float* source = all.source + row * all.source_row;
     const float* target = all.target + row * all.target_row;
     for (int64_t column = 0; column < all.columns; ++column) {
+      if (column % kSome == 0) {
+        all.fetch(kSome * kRows * kVecs);
+      }
       Vec values[kVecs];
 #pragma GCC unroll 2
       for (int n = 0; n < kVecs; ++n) {

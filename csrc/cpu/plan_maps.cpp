@@ -6,6 +6,7 @@
 
 #include "isa.h"
 #include "plan_activations.h"
+#include "plan_transpose.h"
 
 namespace nascompile::CPU_CAPABILITY {
 namespace {
@@ -224,8 +225,6 @@ struct Strided {
         pixel(step.stride_w) {}
 };
 
-constexpr int64_t kBlockSide = 8;  // of the squares that are transposed
-
 // visit(segment, y, pixels in the row) for every row of the map and every segment; all rows as one where both allow it
 template <typename Step, typename Visit>
 void for_rows(const Step& step, const plan::Map& map, const plan::Image& image, const Visit& visit) {
@@ -234,37 +233,6 @@ void for_rows(const Step& step, const plan::Map& map, const plan::Image& image, 
   for (int64_t y = 0; y < (flat ? 1 : map.height); ++y) {
     for (int64_t k = 0; k < step.segments.count; ++k) {
       visit(segments[k], y, flat ? map.height * map.width : map.width);
-    }
-  }
-}
-
-// to[i * to_row + j] (+)= from[j * from_row + i] for i < rows, j < columns
-template <bool adds>
-void transpose(const float* from, int64_t from_row, float* to, int64_t to_row, int64_t rows, int64_t columns) {
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t j = 0; j < columns; ++j) {
-      const float value = from[j * from_row + i];
-      to[i * to_row + j] = adds ? to[i * to_row + j] + value : value;
-    }
-  }
-}
-
-// The same, in squares: the vectors of one are transposed in registers.
-template <bool adds>
-void transpose_all(const float* from, int64_t from_row, float* to, int64_t to_row, int64_t rows, int64_t columns) {
-  for (int64_t j = 0; j < columns; j += kBlockSide) {
-    for (int64_t i = 0; i < rows; i += kBlockSide) {
-      const float* source = from + j * from_row + i;
-      float* target = to + i * to_row + j;
-      const int64_t height = std::min(kBlockSide, rows - i);
-      const int64_t width = std::min(kBlockSide, columns - j);
-#if defined(CPU_CAPABILITY_AVX2)
-      if (!adds && height == kBlockSide && width == kBlockSide) {
-        at::vec::transpose_mxn<float, kBlockSide, kBlockSide>(source, from_row, target, to_row);
-        continue;
-      }
-#endif
-      transpose<adds>(source, from_row, target, to_row, height, width);
     }
   }
 }

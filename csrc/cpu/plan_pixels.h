@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "../plan.h"
+#include "../plan_ahead.h"
 
 namespace nascompile::CPU_CAPABILITY {
 namespace {
@@ -35,6 +36,8 @@ inline int64_t tile_rows(int64_t pixels, int64_t height, int64_t width) {
   return (height + tiles - 1) / tiles;
 }
 
+constexpr int64_t kProducts = 16;  // of vectors, in the time of a cache line from memory
+
 // A rectangle of pixels of two maps: what is read and what is written. All distances are in floats.
 struct Rectangle {
   const float* source;
@@ -42,9 +45,19 @@ struct Rectangle {
   float* target;
   int64_t target_row, target_pixel;
   int64_t rows, columns;
+  plan::Ahead* ahead;
 
   int64_t pixels() const {
     return rows * columns;
+  }
+  // After so many products of vectors: fetches what the memory has had time for.
+  NASCOMPILE_INLINE void fetch(int64_t products) const {
+    ahead->fetch((products + kProducts - 1) / kProducts);
+  }
+  // The same where no vector has to stay in a register.
+  NASCOMPILE_INLINE void fetch_on(int64_t products) const {
+    ahead->turn();
+    fetch(products);
   }
 };
 
@@ -123,7 +136,7 @@ class Moments {
 
   // Adds kPixels vectors of the channels from `channel` on; `first`: the tile's first block.
   template <int kPixels>
-  void add(const Vec (&values)[kPixels], int64_t channel, bool first) const {
+  NASCOMPILE_INLINE void add(const Vec (&values)[kPixels], int64_t channel, bool first) const {
     float* const memory = memory_ + channel;
     const Vec shift = first ? mean(values) : Vec::loadu(memory);
     Vec sum(0.0f);
@@ -165,7 +178,7 @@ class Moments {
  private:
   // of several, for one of them may be far from all others: the only one that a ReLU let through
   template <int kPixels>
-  static Vec mean(const Vec (&values)[kPixels]) {
+  NASCOMPILE_INLINE static Vec mean(const Vec (&values)[kPixels]) {
     Vec sum = values[0];
 #pragma GCC unroll 8
     for (int p = 1; p < kPixels; ++p) {

@@ -56,6 +56,7 @@ def unpack_depthwise(state: State, op: UnpackDepthwise) -> None:
     target = state.tensors[op.tensor].flatten(1)
     for logical, count, padded in op.segments:
         target[logical : logical + count] = packed[:, padded : padded + count].t().to(target.dtype)
+    packed.zero_()
 
 
 def unpack_dense(state: State, op: UnpackDense) -> None:
@@ -66,6 +67,7 @@ def unpack_dense(state: State, op: UnpackDense) -> None:
         for first, outputs, o in op.out_segments:
             block = packed[:, i : i + inputs, o : o + outputs].permute(2, 1, 0)
             target[first : first + outputs, source : source + inputs] = block.to(target.dtype)
+    packed.zero_()
 
 
 def normalise(state: State, op: Normalise) -> None:

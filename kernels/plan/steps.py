@@ -402,7 +402,8 @@ class PackDense:
 
 @dataclass(frozen=True, slots=True)
 class UnpackDepthwise:
-    """tensor[c, 0, tap] = sum over chunks, in order, of gradients[source + tap*channels + c]."""
+    """tensor[c, 0, tap] = sum over chunks, in order, of gradients[source + tap*channels + c]; on the CPU these
+    are zero again afterwards."""
 
     source: int
     count: int
@@ -414,7 +415,8 @@ class UnpackDepthwise:
 
 @dataclass(frozen=True, slots=True)
 class UnpackDense:
-    """tensor[o, i, tap] = sum over chunks, in order, of gradients[source + (tap*in + i)*out + o]."""
+    """tensor[o, i, tap] = sum over chunks, in order, of gradients[source + (tap*in + i)*out + o]; on the CPU
+    these are zero again afterwards."""
 
     source: int
     count: int

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from nascompile import cli_bench
+from nascompile.runtime.bench_report import Report, Row
 from tests.cli.conftest import CommandLine
 
 MODEL = """
@@ -103,3 +105,32 @@ def test_a_model_that_cannot_be_compared_is_refused(cli: CommandLine) -> None:
     assert "draws random numbers in train mode" in cli.bad("bench", path, *SHORT)
     path.write_text("model = 1")
     assert "'model' is a int" in cli.bad("bench", path, *SHORT)
+
+
+def shown(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The lines of a table with long words in all columns."""
+    rows = [
+        Row("eager-channels-last", 1234.5, 123456.0, 123450.0, 123460.0, 12345.6),
+        Row("nascompile", 1234.5, 12345.0, 12340.0, 12350.0, 1234.5),
+        Row("torch.compile", note="stopped after 120 s", failed=True),
+    ]
+    report = Report("a model", rows, [], 3e9, 1e12, "a machine", "soft")
+    cli_bench._show(cli_bench._console(), report)
+    return [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+
+
+def test_in_a_pipe_nothing_is_cut_off(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    lines = shown(capsys)
+    (eager,) = [line for line in lines if "channels-last" in line]
+    assert eager.split() == [
+        "eager-channels-last",
+        *("1234.5", "s", "1.235e+05", "1.23e+05-1.23e+05", "1.00x", "12345.6", "1.00x", "0%"),
+    ]
+    assert any(line.endswith("stopped after 120 s") for line in lines)
+    monkeypatch.setenv("COLUMNS", "60")
+    narrow = shown(capsys)
+    assert max(map(len, narrow)) <= 60
+    assert not any("stopped after 120 s" in line for line in narrow)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from nascompile.compiler.compiled import compile
 from nascompile.compiler.errors import NascompileError
 from nascompile.compiler.mutables import InputChoice, LayerChoice, MutableScope
-from nascompile.runtime.bench import BenchSettings
+from nascompile.runtime.bench import BenchSettings, bench
 from nascompile.runtime.bench_compare import (
     FACTOR,
     FLOOR,
@@ -219,6 +220,69 @@ def test_settings_refuse_what_makes_no_sense(change: dict[str, Any], problem: st
         BenchSettings(**change)
     with pytest.raises(NascompileError, match="unknown decision 'hard'"):
         Decision(make_subject().model, "hard", seed=0)
+
+
+QUICK = BenchSettings(peers=("eager", "eager-channels-last", "nascompile"), seconds=0.05, threads=1)
+
+
+class Made:
+    """A recipe that fails in the process of one peer, or of the reference (its name is empty)."""
+
+    def __init__(self, here: int, peer: str | None, problem: str, *, late: bool = True) -> None:
+        self.here, self.peer, self.problem, self.late = here, peer, problem, late
+
+    def __call__(self) -> Subject:
+        assert os.getpid() != self.here, "only other processes may hold the model"
+        subject = make_subject()
+        if Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")).name == self.peer:
+            if not self.late:
+                raise NascompileError(self.problem)
+            subject.loss = self.fail
+        return subject
+
+    def fail(self, output: Tensor) -> Tensor:
+        """As the system does, or as torch does."""
+        if not self.problem:
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise RuntimeError(self.problem)
+
+
+@pytest.fixture
+def no_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peers are told by the folder they compile into."""
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+
+
+@pytest.mark.usefixtures("no_caches")
+def test_a_peer_that_is_killed_is_a_row() -> None:
+    found = bench(Made(os.getpid(), "eager-channels-last", ""), QUICK)
+    eager, killed, ours = found.rows
+    assert killed.note == "its process was killed by signal 9, as the system does when memory runs out"
+    assert killed.failed
+    assert not found.wrong
+    assert found.speed(eager) == 1.0
+    assert found.speed(ours) is not None
+
+
+@pytest.mark.usefixtures("no_caches")
+@pytest.mark.parametrize("problem", ["", "DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"])
+def test_a_reference_without_memory_leaves_times_without_ratios(problem: str) -> None:
+    found = bench(Made(os.getpid(), "", problem), QUICK)
+    (line,) = found.wrong
+    assert line.startswith("nothing was compared, eager PyTorch in fp64 failed: ")
+    assert line.endswith(problem or "killed by signal 9, as the system does when memory runs out")
+    assert all(row.median_ms and not row.failed and found.speed(row) is None for row in found.rows)
+
+
+@pytest.mark.usefixtures("no_caches")
+def test_errors_of_the_recipe_reach_the_caller() -> None:
+    line = f"a line {'that goes on ' * 20}to its end"
+    with pytest.raises(NascompileError) as refused:
+        bench(Made(os.getpid(), "", line, late=False), QUICK)
+    assert str(refused.value) == line
+    # what is nobody's to mend keeps its traceback
+    with pytest.raises(RuntimeError, match=r"(?s)Traceback.*in fail.*RuntimeError: broken"):
+        bench(Made(os.getpid(), "", "broken"), QUICK)
 
 
 FILE = """

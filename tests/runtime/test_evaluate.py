@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import nascompile
 from nascompile.compiler.errors import ArchitectureError, NascompileError
@@ -171,10 +173,127 @@ def test_no_architectures() -> None:
 
 
 def test_no_data() -> None:
-    with pytest.raises(NascompileError, match="the loader has no batches"):
-        nascompile.evaluate(Net(), ARCHITECTURES, [], loss)
+    used_up = iter(loader())
+    list(used_up)
+    empty = DataLoader(data(0), batch_size=4)
+    for batches, problem in (
+        ([], "the loader has no batches$"),
+        (empty, "the loader has no batches$"),
+        (used_up, "the loader has no batches; an iterator gives its batches once"),
+        ([(torch.zeros(0, FEATURES), torch.zeros(0))], "the loader has no examples: 1 batches of size 0"),
+    ):
+        with pytest.raises(NascompileError, match=problem):
+            nascompile.evaluate(Net(), ARCHITECTURES, batches, loss)
     with pytest.raises(NascompileError, match="recalibrate has no batches"):
         nascompile.evaluate(Net(), ARCHITECTURES, loader(), loss, recalibrate=[])
+
+
+def test_a_batch_without_examples_counts_nothing() -> None:
+    model = Net()
+    batches = [*loader(), (torch.zeros(0, FEATURES), torch.zeros(0, dtype=torch.long))]
+    assert nascompile.evaluate(model, ARCHITECTURES[:1], batches, loss) == [by_hand(model, ARCHITECTURES[0])]
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        (
+            None,
+            r"None \(NoneType\) for architecture 0 in batch 0, expected a number, a tensor of one, or a dict",
+        ),
+        ("0.5", r"'0.5' \(str\) for architecture 0"),
+        (1j, r"1j \(complex\)"),
+        ([0.5], r"\[0.5\] \(list\)"),
+        (numpy.zeros(2), r"array\(\[0., 0.\]\) \(ndarray\)"),
+        (numpy.str_("a"), r".*'a'\)? \(str_\)"),
+        (torch.zeros(4), r"a tensor of shape \(4,\) and type torch.float32 for"),
+        (torch.zeros((), dtype=torch.complex64), r"a tensor of shape \(\) and type torch.complex64 for"),
+        ({}, r"\{\} \(dict\)"),
+        ({"loss": 1.0, "right": None}, r"None \(NoneType\) under 'right' for architecture 0 in batch 0"),
+    ],
+)
+def test_values_that_have_no_mean_are_refused(value: Any, problem: str) -> None:
+    with pytest.raises(NascompileError, match=f"metric gives {problem}"):
+        nascompile.evaluate(Net(), ARCHITECTURES, loader(), lambda output, target: value)
+
+
+@pytest.mark.parametrize("value", [True, 2, numpy.float32(0.5), numpy.bool_(True), torch.ones(1)])
+def test_values_of_all_kinds_of_numbers(value: Any) -> None:
+    found = nascompile.evaluate(Net(), ARCHITECTURES, loader(), lambda output, target: value)
+    assert found == [float(value)] * len(ARCHITECTURES)
+
+
+def test_entries_that_come_and_go_are_refused() -> None:
+    for values, problem in (
+        (
+            [{"a": 1}, {"a": 1, "b": 2}],
+            "metric gives the entries 'a', 'b' for architecture .* expected the entries 'a'",
+        ),
+        ([{"a": 1}, 2], "metric gives a value without a name for .* expected the entries 'a' as before"),
+    ):
+        with pytest.raises(NascompileError, match=problem):
+            nascompile.evaluate(Net(), ARCHITECTURES, loader(), lambda *_, v=values: v.pop(0))
+
+
+X = torch.randn(2, FEATURES)
+
+
+@pytest.mark.parametrize(
+    ("batch", "problem"),
+    [
+        (3, "batch 1: a batch is a int; expected a tensor, a dict, or"),
+        ("abc", "batch 1: a batch is a str"),
+        ((X,), "batch 1: a batch is a tuple of 1"),
+        (torch.zeros(()), "batch 1: a batch is a Tensor without dimensions"),
+        ({"x": X}, "batch 1: a batch has the entries 'x'; expected exactly one of target"),
+        ((X, X, X, X), r"batch 1: 3 inputs and the target do not fit forward\(.*\): too many positional"),
+    ],
+)
+@pytest.mark.parametrize("name", ["loader", "recalibrate"])
+def test_what_is_no_batch_is_refused(batch: Any, problem: str, name: str) -> None:
+    batches: dict[str, Any] = {"loader": loader(), name: [(X, torch.zeros(2, dtype=torch.long)), batch]}
+    with pytest.raises(NascompileError, match=f"^{name}, {problem}"):
+        nascompile.evaluate(Net(), ARCHITECTURES, metric=loss, **batches)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"loader": None}, "loader is a NoneType, expected an iterable of batches"),
+        ({"loader": X}, "loader is a Tensor"),
+        ({"loader": {"x": X}}, "loader is a dict"),
+        ({"recalibrate": 3}, "recalibrate is a int"),
+        ({"metric": None}, "metric is a NoneType, expected a function of output and target"),
+        ({"architectures": ARCHITECTURES[0]}, "architectures is a dict, expected a list of files or dicts"),
+        ({"architectures": "architecture.json"}, "architectures is a str"),
+        ({"architectures": None}, "architectures is a NoneType"),
+    ],
+)
+def test_other_arguments_are_refused(change: dict[str, Any], problem: str) -> None:
+    arguments: dict[str, Any] = {"architectures": ARCHITECTURES, "loader": loader(), "metric": loss}
+    with pytest.raises(NascompileError, match=f"^{problem}"):
+        nascompile.evaluate(Net(), **{**arguments, **change})
+
+
+class Stream(IterableDataset[Any]):
+    """Examples whose number nobody knows."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(data())
+
+
+def test_generators() -> None:
+    model = Net()
+    seen: list[Any] = []
+    found = nascompile.evaluate(
+        model,
+        (one for one in ARCHITECTURES),
+        DataLoader(Stream(), batch_size=4),
+        loss,
+        progress=lambda *at: seen.append(at),
+    )
+    assert found == [by_hand(model, architecture) for architecture in ARCHITECTURES]
+    assert seen == [(1, None), (2, None), (3, None)]
 
 
 def test_a_wrong_architecture_stops_everything_before_it_starts() -> None:

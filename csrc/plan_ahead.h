@@ -1,0 +1,77 @@
+// Reads ahead: while a step computes, what the next ones will read comes from memory into the cache.
+#pragma once
+
+#include <cstdint>
+#include <unordered_set>
+#include <vector>
+
+#include "plan.h"
+
+namespace nascompile::plan {
+
+// What the steps of a phase are the first to read of an image, in their order: stretches of the slab.
+struct Readings {
+  struct Stretch {
+    int64_t offset, image, floats;  // where it begins, how far apart it is for two images, how long it is
+    int64_t before;                 // floats of all stretches before it
+  };
+  std::vector<Stretch> stretches;
+  std::vector<int64_t> starts;  // per step: how many stretches the steps before it read
+  int64_t floats = 0;           // of all stretches
+
+  // The next step, whose flag holds.
+  void add(int64_t kind, const int64_t* fields, const int64_t* program, const uint8_t* flags);
+
+ private:
+  void look(int64_t kind, const int64_t* fields, const int64_t* program, const uint8_t* flags);
+  void add(const Map& map, bool is_read);
+  void interleave();
+
+  std::vector<Stretch> step_;           // that the present step reads
+  std::unordered_set<int64_t> known_;  // offsets of maps that were read or written
+};
+
+// The place up to which one chunk has read ahead. It stays a bounded way before the steps, and never falls behind them.
+class Ahead {
+ public:
+  Ahead(const Readings& readings, const float* slab, int64_t images)
+      : readings_(readings), slab_(slab), images_(images) {}
+
+  // A step begins, of an image.
+  void begin(int64_t image, int64_t step);
+
+  // Between kernels: where a map has been fetched, the next one is begun.
+  void turn() {
+    if (at_ >= stop_ && is_open_) {
+      go_on();
+    }
+  }
+
+  // Fetches the next cache lines of the map, at most `lines`. In loops that need all registers: it calls nothing.
+  [[gnu::always_inline]] void fetch(int64_t lines) {
+    constexpr int64_t kLine = 16;
+    const float* at = at_;
+    const float* const end = lines * kLine < stop_ - at ? at + lines * kLine : stop_;
+#pragma GCC unroll 1
+    for (; at < end; at += kLine) {
+      __builtin_prefetch(at, 0, 2);
+    }
+    at_ = at;
+  }
+
+ private:
+  void go_to(int64_t image, int64_t map, int64_t done);
+  void go_on();
+
+  const Readings& readings_;
+  const float* const slab_;
+  const int64_t images_;  // the number after the last
+  int64_t image_ = 0, map_ = 0;
+  int64_t most_ = 0;              // floats, counted from the first image on, that may be fetched now
+  const float* begin_ = nullptr;  // of the map
+  const float* at_ = nullptr;     // what is fetched next
+  const float* stop_ = nullptr;   // the end of what may be fetched of the map now
+  bool is_open_ = false;          // whether there is more after it
+};
+
+}  // namespace nascompile::plan
