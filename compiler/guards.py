@@ -12,6 +12,7 @@ import numpy
 from torch import Tensor, nn
 
 from nascompile.compiler.snapshot import is_changeable, is_unchanged, put_back, snapshot
+from nascompile.compiler.watch import Watch
 
 _INTERNAL = frozenset(nn.Module().__dict__) - {"training"}
 _SMALL = 2**16  # bytes of an array that is compared by content; a larger one counts by identity
@@ -184,6 +185,7 @@ class ModuleSettings:
         self._absent = Entries((held, name, None) for held, name, value in tensors if value is None)
         self._present = Entries((held, name, None) for held, name, value in tensors if value is not None)
         self._own_forward = Entries((held, "forward", None) for held in self._modules)
+        self._watch: Watch | None = None
 
     @contextmanager
     def as_they_were(self) -> Iterator[None]:
@@ -199,6 +201,19 @@ class ModuleSettings:
 
     def hold(self) -> bool:
         """Whether nothing has changed."""
+        if self._watch is not None and self._watch.holds():
+            return True
+        # made first: what changes meanwhile is seen the next time
+        watch = Watch(self._dicts(), self._leaves)
+        holds = self._hold()
+        self._watch = watch if holds else None
+        return holds
+
+    def _dicts(self) -> Iterator[dict[str, Any]]:
+        for held in self._modules:
+            yield from (held, held["_parameters"], held["_buffers"], *_HOOKS_OF(held))
+
+    def _hold(self) -> bool:
         if not self._same.are_same() and any(held.get(name) != value for held, name, value in self._plain):
             return False
         if any(map(any, map(_HOOKS_OF, self._modules))) or not self._own_forward.are_same():
@@ -236,10 +251,30 @@ class _Fast:
             (scalars if own and isinstance(row[3], _SCALARS) else self._others).append(row)
         self._scalars = scalars
         self._same = Entries((module.__dict__, name, value) for module, name, _, value in scalars)
+        places = list(places)
         self._placed = Entries(places)
         self._modules = [module.__dict__ for module in modules]
+        self._held = [held for held, _, _ in places]
+        self._watch: Watch | None = None
 
     def holds(self) -> bool:
+        """Whether nothing has changed."""
+        if self._watch is not None and self._watch.holds():
+            return all(map(_is_as_before, self._others))
+        # made first: what changes meanwhile is seen the next time
+        watch = Watch(self._dicts(), (module for module, _ in self._classes))
+        holds = self._hold()
+        self._watch = watch if holds else None
+        return holds
+
+    def _dicts(self) -> Iterator[dict[str, Any]]:
+        yield from (module.__dict__ for module, _, _, _ in self._scalars)
+        yield from self._held
+        yield from self._children
+        for held in self._modules:
+            yield from (held, *_HOOKS_OF(held))
+
+    def _hold(self) -> bool:
         # a scalar that is another object may still be equal
         if not self._same.are_same() and not all(map(_is_as_before, self._scalars)):
             return False

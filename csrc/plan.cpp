@@ -17,6 +17,7 @@
 #include "plan_ahead.h"
 #include "plan_barriers.h"
 #include "plan_check.h"
+#include "plan_sequence.h"
 
 namespace nascompile {
 namespace {
@@ -66,45 +67,6 @@ const plan::Header& check_program(const Tensor& program) {
   return header;
 }
 
-// A barrier operation or a step. `number` counts all of the program, phase by phase, barrier operations first.
-struct Operation {
-  int64_t kind;
-  const int64_t* fields;
-  int64_t number;
-  bool begins = false;  // as in Image
-};
-
-template <typename T>
-const T* as(const Operation& op, int64_t kind) {
-  return op.kind == kind ? reinterpret_cast<const T*>(op.fields) : nullptr;
-}
-
-// Whether an operation only sets a map to zero.
-bool is_zero(const Operation& op) {
-  const auto* step = as<plan::Combine>(op, plan::kCombine);
-  return step != nullptr && step->terms.count == 0 && step->constant == plan::kNone && step->adds == 0 &&
-      step->activation == plan::kIdentity && step->moments == plan::kNone;
-}
-
-// Whether an operation adds to every pixel of what another one sets to zero.
-bool adds_to_all(const Operation& op, const Operation& zero, const int64_t* program) {
-  const auto* step = as<plan::ConvolveBackward>(op, plan::kConvolveBackward);
-  if (step == nullptr || step->needs_input == 0 || step->adds == 0) {
-    return false;
-  }
-  const plan::Map& target = as<plan::Combine>(zero, plan::kCombine)->target;
-  const plan::Map& dx = step->dx;
-  const bool is_same = dx.space == target.space && dx.offset == target.offset && dx.row == target.row &&
-      dx.pixel == target.pixel && dx.channels == target.channels && dx.height == target.height &&
-      dx.width == target.width;
-  int64_t pixels = 0;
-  for (int64_t k = 0; k < step->grids.count; ++k) {
-    const plan::Grid& grid = step->grids.in(program)[k];
-    pixels += grid.rows * grid.columns;
-  }
-  return is_same && pixels == dx.height * dx.width;
-}
-
 // Where the seconds of every operation go: [chunks][operations], or null where nobody asks.
 struct Clock {
   double* seconds;
@@ -123,42 +85,26 @@ struct Clock {
   }
 };
 
-// The operations whose flags hold, phase by phase: operations[ends[k - 1]] up to operations[ends[k]].
-struct Sequence {
-  std::vector<Operation> operations;
-  std::vector<size_t> ends;
+using plan::Operation;
 
-  // `number` is that of the first
-  template <typename Check>
-  void append(
-      const int64_t* program, int64_t count, int64_t at, int64_t number, const Tensor& flags, const Check& check) {
-    const auto* values = static_cast<const uint8_t*>(flags.const_data_ptr());
-    for (int64_t k = 0; k < count; ++k) {
-      const int64_t* words = program + program[at + k];
-      const int64_t flag = words[1];
-      STD_TORCH_CHECK(
-          flag < flags.numel(), "run_plan: the program uses flag ", flag, ", there are ", flags.numel());
-      if (flag < 0 || values[flag] != 0) {
-        check(words[0], words + 2);
-        Operation next{words[0], words + 2, number + k};
-        if (operations.size() > (ends.empty() ? 0 : ends.back()) && is_zero(operations.back()) &&
-            adds_to_all(next, operations.back(), program)) {
-          // what would be added to zeros is written, and the zeros are not
-          operations.pop_back();
-          next.begins = true;
-        }
-        operations.push_back(next);
-      }
+// Adds the operations of a phase whose flags hold, after `check(kind, fields)`; `number` is that of the first.
+template <typename Check>
+void add_phase(
+    plan::Sequence& sequence, const int64_t* program, int64_t count, int64_t at, int64_t number, const Tensor& flags,
+    const Check& check) {
+  const auto* values = static_cast<const uint8_t*>(flags.const_data_ptr());
+  for (int64_t k = 0; k < count; ++k) {
+    const int64_t* words = program + program[at + k];
+    const int64_t flag = words[1];
+    STD_TORCH_CHECK(
+        flag < flags.numel(), "run_plan: the program uses flag ", flag, ", there are ", flags.numel());
+    if (flag < 0 || values[flag] != 0) {
+      check(words[0], words + 2);
+      sequence.add({words[0], words + 2, number + k}, program);
     }
-    ends.push_back(operations.size());
   }
-  const Operation* begin(int64_t phase) const {
-    return operations.data() + (phase == 0 ? 0 : ends[phase - 1]);
-  }
-  const Operation* end(int64_t phase) const {
-    return operations.data() + ends[phase];
-  }
-};
+  sequence.end_phase();
+}
 
 // Memory for the tiles of all chunks; kept by the thread that runs plans, as they are run over and over.
 float* tiles(int64_t floats) {
@@ -219,7 +165,7 @@ void run_steps(
   const auto kernel = NASCOMPILE_PICK(plan_step);
   plan::Readings readings;
   for (const Operation* step = begin; step != end; ++step) {
-    readings.add(step->kind, step->fields, run.program, run.flags);
+    readings.add(*step, run.program, run.flags);
   }
   share_out(header.chunks, [&](int64_t first, int64_t last) {
     for (int64_t chunk = first; chunk < last; ++chunk) {
@@ -299,18 +245,18 @@ void carry_out(
   // all checks come before anything is written
   const TensorCheck check(tensors, header);
   const auto tile_of = NASCOMPILE_PICK(plan_tile);
-  Sequence barriers;
-  Sequence steps;
+  plan::Sequence barriers;
+  plan::Sequence steps;
   int64_t tile = 0;
   int64_t number = 0;
   const auto* phases = reinterpret_cast<const plan::Phase*>(words + header.phases_at);
   for (int64_t k = 0; k < header.phases; ++k) {
     const plan::Phase& phase = phases[k];
-    barriers.append(words, phase.barriers, phase.barriers_at, number, flags, [&](int64_t kind, const int64_t* fields) {
+    add_phase(barriers, words, phase.barriers, phase.barriers_at, number, flags, [&](int64_t kind, const int64_t* fields) {
       check_barrier(kind, fields, check);
     });
     number += phase.barriers;
-    steps.append(words, phase.steps, phase.steps_at, number, flags, [&](int64_t kind, const int64_t* fields) {
+    add_phase(steps, words, phase.steps, phase.steps_at, number, flags, [&](int64_t kind, const int64_t* fields) {
       check_step(kind, fields, check);
       tile = std::max(tile, plan::aligned(tile_of(kind, fields, words)));
     });

@@ -1,20 +1,16 @@
 #include "plan_ahead.h"
 
 #include <algorithm>
-#include <cstdlib>
+
+#include "plan_uses.h"
 
 namespace nascompile::plan {
 namespace {
 
-// How far to be ahead, in floats: a part of the second-level cache.
+// Floats, all of them. How far to be ahead: a part of the second-level cache.
+constexpr int64_t kAhead = int64_t{1} << 16;
+constexpr int64_t kPart = 2048;  // of a map at a time
 constexpr int64_t kLine = 16;
-int64_t kPart = std::getenv("PART") ? std::atoll(std::getenv("PART")) : 2048;
-int64_t kAhead = std::getenv("AHEAD") ? std::atoll(std::getenv("AHEAD")) : int64_t{1} << 16;
-
-template <typename T>
-const T& as(const int64_t* fields) {
-  return *reinterpret_cast<const T*>(fields);
-}
 
 }  // namespace
 
@@ -47,69 +43,12 @@ void Readings::interleave() {
   step_.clear();
 }
 
-void Readings::add(int64_t kind, const int64_t* fields, const int64_t* program, const uint8_t* flags) {
+void Readings::add(const Operation& step, const int64_t* program, const uint8_t* flags) {
   starts.push_back(static_cast<int64_t>(stretches.size()));
-  look(kind, fields, program, flags);
+  visit_uses(step.kind, step.fields, step.begins, program, flags, [&](const Map& map, Use use) {
+    add(map, use == Use::reads);
+  });
   interleave();
-}
-
-void Readings::look(int64_t kind, const int64_t* fields, const int64_t* program, const uint8_t* flags) {
-  const auto terms = [&](const List<Term>& list) {
-    for (const Term* term = list.in(program); term != list.in(program) + list.count; ++term) {
-      if (term->flag < 0 || flags[term->flag] != 0) {
-        add(term->map, true);
-      }
-    }
-  };
-  switch (kind) {
-    case kLoad:
-      return add(as<Load>(fields).target, as<Load>(fields).adds != 0);
-    case kStore:
-      return add(as<Store>(fields).source, true);
-    case kStage:
-      add(as<Stage>(fields).source, true);
-      return add(as<Stage>(fields).target, false);
-    case kConvolve:
-      add(as<Convolve>(fields).x, true);
-      return add(as<Convolve>(fields).y, false);
-    case kConvolveBackward: {
-      const auto& step = as<ConvolveBackward>(fields);
-      terms(step.terms);
-      add(step.x, true);
-      if (step.needs_input != 0) {
-        add(step.dx, step.adds != 0);
-      }
-      return;
-    }
-    case kPool:
-      add(as<Pool>(fields).x, true);
-      return add(as<Pool>(fields).y, false);
-    case kPoolBackward:
-      terms(as<PoolBackward>(fields).terms);
-      return add(as<PoolBackward>(fields).dx, true);
-    case kCombine:
-      terms(as<Combine>(fields).terms);
-      return add(as<Combine>(fields).target, as<Combine>(fields).adds != 0);
-    case kReduce:
-      add(as<Reduce>(fields).gradient, true);
-      return terms(as<Reduce>(fields).terms);
-    case kUnstage:
-      add(as<Unstage>(fields).gradient, true);
-      add(as<Unstage>(fields).source, true);
-      return add(as<Unstage>(fields).target, as<Unstage>(fields).adds != 0);
-    case kMask:
-      add(as<Mask>(fields).value, true);
-      return add(as<Mask>(fields).gradient, true);
-    case kPick:
-      add(as<Pick>(fields).source, true);
-      return add(as<Pick>(fields).target, as<Pick>(fields).adds != 0);
-    case kGate:
-      add(as<Gate>(fields).image, true);
-      return add(as<Gate>(fields).target, as<Gate>(fields).adds != 0);
-    case kGateGradient:
-      add(as<GateGradient>(fields).gradient, true);
-      return add(as<GateGradient>(fields).image, true);
-  }
 }
 
 void Ahead::begin(int64_t image, int64_t step) {

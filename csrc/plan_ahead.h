@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "plan.h"
+#include "plan_sequence.h"
 
 namespace nascompile::plan {
 
@@ -20,10 +21,9 @@ struct Readings {
   int64_t floats = 0;           // of all stretches
 
   // The next step, whose flag holds.
-  void add(int64_t kind, const int64_t* fields, const int64_t* program, const uint8_t* flags);
+  void add(const Operation& step, const int64_t* program, const uint8_t* flags);
 
  private:
-  void look(int64_t kind, const int64_t* fields, const int64_t* program, const uint8_t* flags);
   void add(const Map& map, bool is_read);
   void interleave();
 

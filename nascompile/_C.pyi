@@ -1,5 +1,7 @@
 """The compiled extension: kernels for the CPU and, where it was built with nvcc, for NVIDIA GPUs."""
 
+from typing import Any
+
 def instruction_sets() -> list[str]:
     """The instruction sets the CPU kernels are built for: "DEFAULT", "AVX2", "AVX512"."""
 
@@ -14,3 +16,10 @@ def lane() -> int:
 
 def cuda_compiled() -> bool:
     """Whether the CUDA kernels are in this build."""
+
+class Watch:
+    """Whether dictionaries, and the classes of objects, are what they were when this was made."""
+
+    def __init__(self, dicts: list[dict[Any, Any]], objects: list[Any]) -> None: ...
+    def holds(self) -> bool:
+        """False where something has changed, and where Python does not say (from 3.13 on)."""

@@ -402,8 +402,8 @@ class PackDense:
 
 @dataclass(frozen=True, slots=True)
 class UnpackDepthwise:
-    """tensor[c, 0, tap] = sum over chunks, in order, of gradients[source + tap*channels + c]; on the CPU these
-    are zero again afterwards."""
+    """tensor[c, 0, tap] = sum over chunks, in order, of gradients[source + tap*channels + c]; on the CPU
+    these are zero again afterwards."""
 
     source: int
     count: int

@@ -25,10 +25,11 @@ from nascompile.kernels.plan.steps import NONE
 
 @dataclass
 class Built:
-    """A plan, and the buffers that it was laid out with."""
+    """A plan, and the buffers that its slab and the gradients of its weights were laid out with."""
 
     plan: Plan
     buffers: list[Buffer]
+    gradients: list[Buffer]
 
 
 def lives_at(buffer: Buffer, phase: int) -> bool:
@@ -38,8 +39,12 @@ def lives_at(buffer: Buffer, phase: int) -> bool:
 
 def overlaps(built: Built) -> list[tuple[str, str]]:
     """The buffers that live at one time in one place: none, or the plan is wrong."""
-    used = [b for b in built.buffers if b.is_vector or b.last >= 0]
     images = built.plan.settings.images
+    return [*_overlaps(built.buffers, images), *_overlaps(built.gradients, images)]
+
+
+def _overlaps(buffers: Sequence[Buffer], images: int) -> list[tuple[str, str]]:
+    used = [b for b in buffers if b.is_vector or b.last >= 0]
     # where every image has memory of its own, that of the first one
     size = {id(b): b.floats if b.image == NONE else b.floats // images for b in used}
     return [
@@ -69,9 +74,10 @@ def simulated(seed: int = 0) -> Iterator[list[Built]]:
         return original_lay_out_images(laid_out[-1], images)
 
     def build(*args: Any) -> Plan:
-        made.append(Built(original_build(*args), []))
-        made[-1].buffers = laid_out[-1]
-        return made[-1].plan
+        laid_out.clear()
+        plan = original_build(*args)
+        made.append(Built(plan, laid_out[0], laid_out[1] if plan.backward is not None else []))
+        return plan
 
     def run(
         program: Program,
