@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from nascompile.compiler.candidates import Candidate, called_module, read_once
-from nascompile.compiler.region.members import why_not_operation
+from nascompile.compiler.region.members import why_not_operations
 from nascompile.compiler.region.region import Region
 from nascompile.compiler.resolving import Input, Method, Reduction
 from nascompile.compiler.values import Ref, Value, replace_leaves
@@ -147,8 +147,7 @@ class _Graph:
         result = self._expand(number, value)
         made = list(self.origin)[count:]
         if not isinstance(result, str):
-            reasons = (why_not_operation(self, node) for node in made)
-            result = next((reason for reason in reasons if reason), result)
+            result = why_not_operations(self, made) or result
         if isinstance(result, str):
             self.why[number] = result
             self.dropped.update(made)

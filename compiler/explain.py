@@ -21,18 +21,24 @@ from nascompile.compiler.errors import SpaceError
 from nascompile.compiler.gain_table import MOST, gain_table
 from nascompile.compiler.gains import Gains, find_gains
 from nascompile.compiler.graph import GraphWatcher
+from nascompile.compiler.lower import LoweredChoice
 from nascompile.compiler.measure import Count, batch_size, check_weighted, count_parameters
 from nascompile.compiler.patterns import PATTERNS
 from nascompile.compiler.profiler import ChoiceProfile, Shape
+from nascompile.compiler.region.members import MERGED
 from nascompile.compiler.sizes import count_architectures, extreme_size
-from nascompile.compiler.space import Choice, unwrap
+from nascompile.compiler.space import Choice, candidate_names, unwrap
 from nascompile.compiler.trace import Island
+from nascompile.compiler.unit import Entry
 
 LONG = 60
 """More lines of candidates than this are shown as ranges."""
 
 GAINS = ("predicted", "measured", None)
 NOT_ASKED = "not asked for"
+
+GROUP_WORDS = {"merge": "merged into one layer", "batch": "computed together"}
+"""What the patterns of groups do with candidates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,14 +346,29 @@ def _compiled_how(compiled: CompiledModel) -> dict[str, str]:
     notes = compiled.notes
     for entry in compiled.entries:
         for choice in entry.lowered:
-            reason = notes.get(choice.path)
-            plain = f"traced, not fused: {reason}" if reason else "traced"
-            how[choice.path] = plain if choice.pattern is None else f"fused: {choice.pattern.name}"
+            how[choice.path] = _outside_regions(choice, entry, notes.get(choice.path))
         for region in entry.regions:
             for choice in region.choices:
                 reason = notes.get(region.__name__)
                 how[choice.path] = f"{region.__name__} {reason}" if reason else f"fused: {region.__name__}"
     return how
+
+
+def _outside_regions(choice: LoweredChoice, entry: Entry, note: str | None) -> str:
+    """Of a choice that is a node of the graph: what is fused, and why no plan has it."""
+    if choice.pattern is None:
+        words = [f"traced, not fused: {note}" if note else "traced"]
+    else:
+        words = [f"fused: {choice.pattern.name}", *([note] if note else [])]
+    for group in getattr(choice, "groups", ()):
+        names = ", ".join(candidate_names(choice.choice)[member.index] for member in group.members)
+        words.append(f"{GROUP_WORDS[group.pattern.name]}: {names}")
+    meta = {} if entry.graph_module is None else entry.graph_module.meta
+    reason = meta.get("outside", {}).get(choice.path)
+    # those that are merged are outside because they are
+    if reason is not None and reason != MERGED:
+        words.append(f"in no region: {reason}")
+    return "; ".join(words)
 
 
 def _called_back(choice: Choice, profile: ChoiceProfile, notes: dict[str, str]) -> str:

@@ -103,6 +103,8 @@ def _inside(value: Value) -> str:
     if isinstance(value.op, Norm):
         if value.op.is_fixed:
             return "scaling"
+        if value.op.beta is None and value.op.running_mean is None and not value.op.by_batch:
+            return "slope"
         return "BatchNorm" if value.op.by_batch or value.op.running_mean is not None else "bias"
     return value.op.kind.name if isinstance(value.op, Act) else ""
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from nascompile.compiler.affine import Affine, apply
 from nascompile.compiler.chains import Member
-from nascompile.kernels.mixed_sum import is_transformed, mixed_sum
+from nascompile.kernels.mixed_sum import mixed_sum
+from nascompile.kernels.transforms import is_forward_differentiated, is_transformed
 
 Taps = tuple[tuple[int, int, int], ...]
 """For each spatial dimension of a kernel: its size, dilation and padding."""
@@ -125,7 +126,8 @@ def _has_rough_bias_gradient(x: Tensor, kernel: Tensor) -> bool:
     """
     is_fp32 = x.dtype == kernel.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
     is_convolution = kernel.dim() > 2
-    return is_convolution and is_fp32 and x.device.type == "cpu" and not is_transformed()
+    is_plain = not is_transformed() and not is_forward_differentiated()
+    return is_convolution and is_fp32 and x.device.type == "cpu" and is_plain
 
 
 def _embedded(weight: Tensor, size: tuple[int, ...], place: tuple[slice, ...]) -> Tensor:

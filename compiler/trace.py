@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from nascompile.compiler.ambient import ambient_modes, random_states, same_random_states, set_random_states
+from nascompile.compiler.constructors import Constructor, recorded_constructors, why_constructor
 from nascompile.compiler.guards import Guards, NotTraceable, has_hooks, watch_attributes
 from nascompile.compiler.mutables import InputChoice, LayerChoice, Mutable, MutableScope
 from nascompile.compiler.signature import guessed_inputs
@@ -225,6 +227,8 @@ class ModelTracer(fx.Tracer):
             if path is None:
                 raise NotTraceable("uses a tensor that is not a parameter, buffer or attribute of the model")
             return self.create_node("get_attr", path, (), {})
+        if isinstance(a, Constructor):
+            a = a.kind
         if isinstance(a, nn.Module):
             raise NotTraceable(f"passes a module ({type(a).__name__}) to an operation")
         return super().create_arg(a)
@@ -288,6 +292,8 @@ class ModelTracer(fx.Tracer):
             patches.enter_context(
                 watch_attributes(self.guards, lambda tensor: self.proxy(self.create_arg(tensor)))
             )
+            record = partial(self.create_proxy, "call_function")
+            patches.enter_context(recorded_constructors(record))
             patches.enter_context(_RecordFactories(self))
             yield
 
@@ -344,7 +350,10 @@ def describe(error: Exception, path: str, module: nn.Module) -> Island:
         if not frame.filename.startswith(_FOREIGN):
             file, line = frame.filename, frame.lineno or line
     reason = str(error).strip().split("\n")[0] or type(error).__name__
-    if isinstance(error, FxTraceError) or "'len' is not supported" in reason:
+    constructor = why_constructor(error)
+    if constructor is not None:
+        reason = constructor
+    elif isinstance(error, FxTraceError) or "'len' is not supported" in reason:
         reason = "needs a value that is known only when it runs: " + _short(reason)
     elif not isinstance(error, NotTraceable):
         reason = f"{type(error).__name__} while tracing: {reason}"

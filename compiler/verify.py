@@ -17,6 +17,7 @@ from nascompile.compiler.decision import Selection, read_mask
 from nascompile.compiler.mutables import forced_mutator
 from nascompile.compiler.mutator import Mutator
 from nascompile.compiler.snapshot import is_changeable, put_back, snapshot
+from nascompile.kernels.transforms import is_transformed
 
 # loose on purpose: kernels may round differently, a wrong trace differs in kind
 _TOLERANCE = 2e-2
@@ -93,8 +94,7 @@ def difference_under(
 def _has_values(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     leaves = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
     real = all(type(leaf) in (Tensor, nn.Parameter) and not leaf.is_meta for leaf in leaves)
-    functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
-    plain = functorch.maybe_current_level() is None and torch._C._get_tracing_state() is None
+    plain = not is_transformed() and torch._C._get_tracing_state() is None
     return real and plain and not torch.compiler.is_compiling()
 
 

@@ -21,7 +21,8 @@ enum Activation : int64_t {
   kSigmoid,
   kGelu,
   kLeakyRelu,
-  kElu
+  kElu,
+  kNegative
 };
 
 // `count` items of type T, one after another, at position `at` of the program.

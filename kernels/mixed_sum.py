@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nascompile.kernels import native
 from nascompile.kernels.registry import Implementation, Kernel, Sample, choose
+from nascompile.kernels.transforms import is_forward_differentiated, is_transformed
 from nascompile.kernels.triton_support import why_not_triton
 
 LIMIT = 16  # tensors per call of the operator; the kernels keep their pointers in registers
@@ -186,7 +187,7 @@ def mixed_sum(inputs: Sequence[Tensor], weights: Tensor, *, implementation: str 
     """
     inputs = list(inputs)
     _check(inputs, weights)
-    if implementation is None and is_transformed():
+    if implementation is None and (is_transformed() or is_forward_differentiated()):
         return eager(inputs, weights)
     if inputs[0].dim() == 0:
         # numbers, not maps: type promotion between numbers is its own matter, and there is nothing to gain
@@ -209,13 +210,6 @@ def mixed_sum(inputs: Sequence[Tensor], weights: Tensor, *, implementation: str 
     if implementation is None:
         return _forward(inputs, weights)
     return _run_forward(choose(KERNEL, inputs[0].device, implementation), inputs, weights)
-
-
-def is_transformed() -> bool:
-    """Whether functorch (vmap, grad, jvp) or forward-mode differentiation is at work, which the operator does
-    not know."""
-    functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
-    return functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 def _check(inputs: list[Tensor], weights: Tensor) -> None:

@@ -55,7 +55,18 @@ def fuse_others(gm: fx.GraphModule, outside: Collection[fx.Node], name: str) -> 
 def _parts(gm: fx.GraphModule, members: Members) -> list[list[fx.Node]]:
     """The nodes of each region to be."""
     parts = _components(gm, members, _depths(gm, members))
-    return [nodes for nodes in parts if _why_not(gm, nodes) is None]
+    while members.leave_out_torn(parts):
+        parts = _components(gm, members, _depths(gm, members))
+    return [nodes for nodes in parts if _is_region(gm, nodes)]
+
+
+def _is_region(gm: fx.GraphModule, nodes: Sequence[fx.Node]) -> bool:
+    """Whether nodes become a region; if not, their choices are told why."""
+    reason = _why_not(gm, nodes)
+    for node in nodes if reason is not None else ():
+        if isinstance(node.target, LoweredChoice):
+            gm.meta.setdefault("outside", {})[node.target.path] = reason
+    return reason is None
 
 
 def _modules(gm: fx.GraphModule, nodes: Sequence[fx.Node]) -> dict[str, nn.Module]:
@@ -103,7 +114,7 @@ def _components(gm: fx.GraphModule, members: Members, depth: dict[fx.Node, int])
 
 def _why_not(gm: fx.GraphModule, nodes: Sequence[fx.Node]) -> str | None:
     if not any(isinstance(node.target, LoweredLayerChoice) for node in nodes):
-        return "holds no choice of layers"
+        return "no choice of layers is connected to it"
     inside = set(nodes)
     border = {x for node in nodes for x in node.all_input_nodes} | inside
     bases = {base_of(gm, value) for value in border}
@@ -187,6 +198,8 @@ class _Rest:
 
 
 def _as_function(gm: fx.GraphModule) -> Callable[..., Any]:
+    # notes are for the model as it is compiled, not for what stands in for a plan
+    gm.meta["notes"] = {}
     share_prefixes(gm)
     fuse_weighted_sums(gm)
     return as_function(gm.graph, "region")

@@ -39,6 +39,7 @@ from nascompile.compiler.region.storage import (
     Stored,
     TermOf,
     scale_and_shift,
+    segments_of,
 )
 from nascompile.compiler.region.tasks import Gather, Summed
 from nascompile.kernels.plan.steps import (
@@ -209,7 +210,7 @@ class Backward(MapGradients):
         vectors, weighted = self.forward.vectors[value], any(a.term and a.term.weight for a in arrivals)
         decision = self.tensor("decision") if weighted else NONE
         elements = self.settings.images * value.shape[1] * value.shape[2] if op.by_batch else 0
-        segments = value.layout.shifted(op.first)
+        segments = segments_of(value)
         shared = gradient.by_y if op.by_batch and outs and outs[0] is not None else None
         constant = gradient.constant if shared is not None else None
 

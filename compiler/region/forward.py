@@ -32,6 +32,7 @@ from nascompile.compiler.region.storage import (
     Stored,
     TermOf,
     scale_and_shift,
+    segments_of,
 )
 from nascompile.compiler.region.tasks import Staged, Summed
 from nascompile.kernels.plan.steps import (
@@ -151,7 +152,7 @@ class Forward(MapTasks):
         elements = self.settings.images * source.shape[1] * source.shape[2]
         if op.by_batch and elements == 1:
             raise Unsupported("a BatchNorm has one value per channel to train with")
-        segments = value.layout.shifted(op.first)
+        segments = segments_of(value)
         tensors = (
             *(self.optional(op.gamma), self.optional(op.beta)),
             self.optional(op.running_mean) if op.updates or not op.by_batch else NONE,

@@ -20,7 +20,8 @@ from nascompile.compiler.region import images
 from nascompile.compiler.region.ir import Act, Graph, Unsupported, Value, Weight, Zero
 from nascompile.kernels.plan.steps import Activation
 
-Env = dict[fx.Node, Value]
+Env = dict[fx.Node, Any]
+"""What nodes give: images, sizes, and images seen with other sizes."""
 Arguments = dict[str, Any]
 _IN_PLACE = "in place"
 """Among the arguments: whether the function changes its first one, and so keeps its type."""
@@ -35,7 +36,7 @@ class Function:
     """`names`: of the parameters, of which the first `images` are images, or with `numbers` numbers.
 
     `apply(graph, arguments, owner)` gives the value; `check` raises Unsupported for other arguments that are
-    not understood.
+    not understood. `pointwise`: it looks at each number by itself, so that it serves tensors of any sizes.
     """
 
     names: tuple[str, ...]
@@ -43,6 +44,7 @@ class Function:
     check: Callable[[Arguments], None] = _anything
     images: int = 1
     numbers: bool = False
+    pointwise: bool = False
 
 
 def why_not_function(node: fx.Node) -> str | None:
@@ -65,6 +67,17 @@ def why_not_function(node: fx.Node) -> str | None:
     return None
 
 
+def is_pointwise_function(node: fx.Node) -> bool:
+    """Whether a function or method looks at each number of one tensor by itself."""
+    try:
+        function, arguments = _bound(node)
+        function.check(arguments)
+    except Unsupported:
+        return False
+    tensors = [name for name in function.names[: function.images] if not _is_number(arguments.get(name))]
+    return function.pointwise and tensors == [function.names[0]]
+
+
 def apply_function(graph: Graph, node: fx.Node, env: Env, owner: Weight | None) -> Value:
     """The value of a function or method node whose inputs are in `env`."""
     if node.target is torch.cat:
@@ -84,7 +97,7 @@ def apply_function(graph: Graph, node: fx.Node, env: Env, owner: Weight | None) 
 
 
 def _value(node: fx.Node, argument: Any, env: Env) -> Value:
-    if not isinstance(argument, fx.Node) or argument not in env:
+    if not isinstance(argument, fx.Node) or not isinstance(env.get(argument), Value):
         raise Unsupported(f"{node.format_node()} takes something that is not an image of the region")
     return env[argument]
 
@@ -101,7 +114,8 @@ def _bound(node: fx.Node) -> tuple[Function, Arguments]:
         target, given = getattr(operator, str(given[0])), given[1:]
     function = _METHODS.get(target) if isinstance(target, str) else _FUNCTIONS.get(target)
     if function is None:
-        raise Unsupported(f"{node.name} ({node.target}) is not understood by regions")
+        name = getattr(target, "__name__", target)
+        raise Unsupported(f"{node.name} ({name}) is not understood by regions")
     arguments = {**dict(zip(function.names, given, strict=False)), **node.kwargs}
     if len(given) > len(function.names) or set(arguments) - set(function.names):
         raise Unsupported(f"{node.name} has arguments that regions do not know")
@@ -133,7 +147,9 @@ def _activation(kind: Activation, *more: str, **expected: Any) -> Function:
         x: Value = arguments["input"]
         return graph.add(Act(kind), (x,), x.shape, owner)
 
-    return Function(("input", *more), apply, lambda arguments: _require(arguments, **expected))
+    return Function(
+        ("input", *more), apply, lambda arguments: _require(arguments, **expected), pointwise=True
+    )
 
 
 def _add(graph: Graph, arguments: Arguments, owner: Weight | None) -> Value:
@@ -243,16 +259,16 @@ def _pad(graph: Graph, arguments: Arguments, owner: Weight | None) -> Value:
 
 
 _TWO = ("input", "other")
-_SUM = Function(_TWO, _add, images=2, numbers=True)
-_DIFFERENCE = Function(_TWO, _subtract, images=2, numbers=True)
-_PRODUCT = Function(_TWO, _multiply, images=2, numbers=True)
-_QUOTIENT = Function(_TWO, _divide, _check_divide)
-_NEGATIVE = Function(("input",), _negate)
+_SUM = Function(_TWO, _add, images=2, numbers=True, pointwise=True)
+_DIFFERENCE = Function(_TWO, _subtract, images=2, numbers=True, pointwise=True)
+_PRODUCT = Function(_TWO, _multiply, images=2, numbers=True, pointwise=True)
+_QUOTIENT = Function(_TWO, _divide, _check_divide, pointwise=True)
+_NEGATIVE = Function(("input",), _negate, pointwise=True)
 _MEAN = Function(("input", "dim", "keepdim"), _mean, _check_mean)
 _RELU = _activation(Activation.relu, "inplace")
 _SIGMOID = _activation(Activation.sigmoid)
 _SILU = _activation(Activation.silu, "inplace")
-_DROPOUT = Function(("input", "p", "training", "inplace"), _input, _check_dropout)
+_DROPOUT = Function(("input", "p", "training", "inplace"), _input, _check_dropout, pointwise=True)
 _WINDOW = ("input", "kernel_size", "stride", "padding")
 _FUNCTIONS: dict[Any, Function] = {
     F.relu: _RELU,

@@ -112,10 +112,12 @@ class Conv:
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """BatchNorm; without any statistics the addition of a bias (beta), or gamma * x + beta of constants.
+    """BatchNorm; without any statistics the addition of a bias (beta), a product with slopes (gamma), or
+    gamma * x + beta of constants.
 
     `by_batch`: whether it uses the statistics of the batch. `first`: the norm's first channel, where it is
-    part of a norm over concatenated values. momentum < 0 is a cumulative average.
+    part of a norm over concatenated values. momentum < 0 is a cumulative average. `is_single`: its vectors
+    have one number for all channels.
     """
 
     gamma: TensorRef | None
@@ -128,6 +130,7 @@ class Norm:
     epsilon: float
     momentum: float
     first: int = 0
+    is_single: bool = False
 
     @property
     def is_fixed(self) -> bool:

@@ -12,9 +12,13 @@ from nascompile.compiler.groups import find_groups
 from nascompile.compiler.guards import attribute
 from nascompile.compiler.inplace import is_in_place, is_view
 from nascompile.compiler.lower import LoweredChoice, LoweredInputChoice, LoweredLayerChoice
+from nascompile.compiler.region.detours import LEADS_NOWHERE, Detours
 from nascompile.compiler.region.functions import why_not_function
 from nascompile.compiler.region.ir import Unsupported
 from nascompile.compiler.region.operations import kind_of, settings_of
+
+MERGED = "its candidates are merged into one layer"
+"""Why a choice stays outside that is better off there."""
 
 
 class Members:
@@ -29,6 +33,7 @@ class Members:
         self.candidates: dict[LoweredChoice, list[tuple[nn.Module, Candidate]]] = {}
         self.supported: dict[fx.Node, bool] = {}
         self._reasons: dict[int, str | None] = {}
+        self._detours = Detours(gm, gm.graph.nodes, outside)
         for node in gm.graph.nodes:
             reason = "no plan can have it" if node in outside else self._why_not(node)
             self.supported[node] = reason is None
@@ -37,19 +42,31 @@ class Members:
             if reason and node.op == "call_module":
                 self._count_on_settings(gm.get_submodule(str(node.target)))
 
+    def leave_out_torn(self, parts: Sequence[Sequence[fx.Node]]) -> bool:
+        """Whether parts would hand something on that is no image, which is then left out of all parts."""
+        torn = self._detours.torn(parts)
+        self._detours.leave_out(torn)
+        for node in self._detours.why:
+            self.supported[node] = False
+        return bool(torn)
+
     def _count_on_settings(self, module: nn.Module) -> None:
         """Look again when the settings change for which a module stays outside."""
         for name in settings_of(module):
             self.gm.meta["guards"].saw(module, name, attribute(module, name))
 
     def _why_not(self, node: fx.Node) -> str | None:
+        if isinstance(node.target, LoweredChoice):
+            strange = self._detours.why_strange(node)
+            if strange is not None:
+                return strange
         if isinstance(node.target, LoweredLayerChoice):
             return self._why_not_layer_choice(node)
         if isinstance(node.target, LoweredInputChoice):
             return self._why_not_input_choice(node)
         if node.op in ("placeholder", "output", "get_attr"):
             return "is an input, output or attribute"
-        return why_not_operation(self.gm, node)
+        return _why_not(self.gm, node, self._detours)
 
     def _why_not_layer_choice(self, node: fx.Node) -> str | None:
         target: Any = node.target
@@ -71,7 +88,7 @@ class Members:
                 return f"candidate {name!r}: {reason}"
             found.append((module, candidate))
         if self._is_merged(choice, [candidate for _, candidate in found]):
-            return "its candidates are merged into one convolution"
+            return MERGED
         self.candidates[target] = found
         return None
 
@@ -89,8 +106,7 @@ class Members:
         if id(candidate) not in self._reasons:
             inside: Any = _Inside(module)
             steps = [step for step in candidate.graph.nodes if step.op not in ("placeholder", "output")]
-            reasons = (why_not_operation(inside, step) for step in steps)
-            self._reasons[id(candidate)] = next((reason for reason in reasons if reason), None)
+            self._reasons[id(candidate)] = why_not_operations(inside, steps)
         reason = self._reasons[id(candidate)]
         for step in candidate.graph.nodes if reason else ():
             if step.op == "call_module":
@@ -133,10 +149,29 @@ class _Inside:
         return self._module if path == "self" else self._module.get_submodule(path)
 
 
-def why_not_operation(gm: Any, node: fx.Node) -> str | None:
-    """Why a module, function or method cannot be part of a region, or None."""
+def why_not_operations(gm: Any, nodes: Sequence[fx.Node]) -> str | None:
+    """Why modules, functions and methods, in their order, cannot all be part of a region, or None."""
+    detours = Detours(gm, nodes)
+    found = {node: reason for node in nodes if (reason := _why_not(gm, node, detours))}
+    # what leads nowhere does so because of something that comes after it
+    causes = (reason for node, reason in found.items() if detours.why.get(node) != LEADS_NOWHERE)
+    return next(causes, None) or next(iter(found.values()), None)
+
+
+def _why_not(gm: Any, node: fx.Node, detours: Detours) -> str | None:
     if is_in_place(gm, node) and not _changes_its_own(gm, node):
         return f"{node.name} changes a value in place that others see"
+    if node in detours.inside:
+        return None
+    if node in detours.why:
+        is_module = node.op == "call_module"
+        name = type(gm.get_submodule(str(node.target))).__name__ if is_module else node.name
+        return f"{name}: {detours.why[node]}"
+    reason, strange = _why_not_on_images(gm, node), detours.why_strange(node)
+    return reason if reason is not None or strange is None else f"{node.name} {strange}"
+
+
+def _why_not_on_images(gm: Any, node: fx.Node) -> str | None:
     if node.op == "call_module":
         arg = node.args[0] if len(node.args) == 1 and not node.kwargs else None
         if not isinstance(arg, fx.Node) or arg.op == "get_attr":
@@ -154,4 +189,4 @@ def _changes_its_own(gm: Any, node: fx.Node) -> bool:
     changed = node.args[0] if node.args else None
     if not isinstance(changed, fx.Node) or changed.op == "placeholder" or len(changed.users) != 1:
         return False
-    return node.op == "call_module" or not is_view(gm, changed) or _changes_its_own(gm, changed)
+    return not is_view(gm, changed) or _changes_its_own(gm, changed)

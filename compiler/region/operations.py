@@ -17,7 +17,9 @@ from nascompile.compiler.region.ir import (
     Conv,
     Graph,
     Norm,
+    Sum,
     TensorRef,
+    TermInfo,
     Unsupported,
     Value,
     Weight,
@@ -50,6 +52,14 @@ def kind_of(module: nn.Module) -> type[nn.Module]:
     raise Unsupported(f"{type(module).__name__} is not understood by regions")
 
 
+def is_pointwise_module(module: nn.Module) -> bool:
+    """Whether a module that a region understands looks at each number by itself."""
+    try:
+        return KINDS[kind_of(module)].pointwise
+    except Unsupported:
+        return False
+
+
 def apply_module(graph: Graph, module: nn.Module, x: Value, owner: Weight | None) -> Value:
     """The value of a module called on `x`."""
     return KINDS[kind_of(module)].apply(graph, module, x, owner)
@@ -72,12 +82,25 @@ def _conv(graph: Graph, module: Any, x: Value, owner: Weight | None) -> Value:
         read = images.some_channels(graph, x, slice(number * inputs, (number + 1) * inputs), owner)
         op = Conv(weight, is_depthwise, outputs, *window, tuple(module.dilation), number * outputs)
         parts.append(graph.add(op, (read,), (outputs, *size), owner))
-    out = images.concatenated(graph, parts, owner)
+    return _biased(graph, module, images.concatenated(graph, parts, owner), owner)
+
+
+def _biased(graph: Graph, module: Any, out: Value, owner: Weight | None) -> Value:
     if module.bias is None:
         return out
     require_type(graph, module.bias)
     bias = Norm(None, TensorRef(module, "bias"), None, None, None, False, False, 0.0, 0.0)
     return _normalised(graph, bias, out, owner)
+
+
+def _linear(graph: Graph, module: Any, x: Value, owner: Weight | None) -> Value:
+    """On the one pixel of an image."""
+    if x.shape != (module.in_features, 1, 1):
+        raise Unsupported(f"a linear layer of {module.in_features} numbers takes an image of {x.shape}")
+    require_type(graph, module.weight)
+    one, zero = (1, 1), (0, 0)
+    op = Conv(TensorRef(module, "weight"), False, module.out_features, one, one, zero, one)
+    return _biased(graph, module, graph.add(op, (x,), (module.out_features, 1, 1), owner), owner)
 
 
 def _is_depthwise(module: Any) -> bool:
@@ -140,6 +163,26 @@ def _activation(kind: Activation) -> Apply:
         return graph.add(Act(kind), (x,), x.shape, owner)
 
     return apply
+
+
+def _prelu(graph: Graph, module: Any, x: Value, owner: Weight | None) -> Value:
+    """max(x, 0) + slope * min(x, 0), in the type that torch gives to the second."""
+    if module.num_parameters not in (1, x.channels):
+        raise Unsupported(f"a PReLU of {module.num_parameters} slopes gets {x.channels} channels")
+    is_single = module.num_parameters == 1
+    if is_single and graph.device != "cpu":
+        raise Unsupported(
+            "a PReLU has one slope for all channels, whose gradient is summed up on the CPU only"
+        )
+    require_type(graph, module.weight)
+    slope = TensorRef(module, "weight")
+    op = Norm(slope, None, None, None, None, False, False, 0.0, 0.0, is_single=is_single)
+    above, below = (
+        graph.add(Act(kind), (x,), x.shape, owner) for kind in (Activation.relu, Activation.negative)
+    )
+    sloped = graph.add(op, (below,), x.shape, owner)
+    plain = TermInfo(None, ())
+    return graph.add(Sum((plain, plain), 1), (above, sloped), x.shape, owner)
 
 
 def _same(graph: Graph, module: Any, x: Value, owner: Weight | None) -> Value:
@@ -207,31 +250,39 @@ def _check_dropout(module: Any) -> None:
 class Kind:
     """`settings`: the attributes that a module's meaning depends on.
 
-    `check` raises Unsupported for those that are not understood, `apply` gives the value.
+    `check` raises Unsupported for those that are not understood, `apply` gives the value. `pointwise`: it
+    looks at each number by itself, so that it serves tensors of any sizes.
     """
 
     settings: tuple[str, ...]
     apply: Apply
     check: Callable[[Any], None] = _anything
+    pointwise: bool = False
+
+
+def _acts(kind: Activation, **expected: Any) -> Kind:
+    check = _require(**expected) if expected else _anything
+    return Kind(tuple(expected), _activation(kind), check, pointwise=True)
 
 
 _WINDOW = ("kernel_size", "stride", "padding", "ceil_mode")
-_DROPOUT = Kind(("p", "training"), _same, _check_dropout)
+_DROPOUT = Kind(("p", "training"), _same, _check_dropout, pointwise=True)
 KINDS: dict[type[nn.Module], Kind] = {
     nn.Conv2d: Kind(("stride", "padding", "dilation", "groups", "padding_mode"), _conv, _check_conv),
     nn.BatchNorm2d: Kind(("eps", "momentum", "training", "track_running_stats"), _norm),
-    nn.ReLU: Kind((), _activation(Activation.relu)),
-    nn.ReLU6: Kind(("min_val", "max_val"), _activation(Activation.relu6), _require(min_val=0.0, max_val=6.0)),
-    nn.Hardswish: Kind((), _activation(Activation.hardswish)),
-    nn.Hardsigmoid: Kind((), _activation(Activation.hardsigmoid)),
-    nn.SiLU: Kind((), _activation(Activation.silu)),
-    nn.Sigmoid: Kind((), _activation(Activation.sigmoid)),
-    nn.GELU: Kind(("approximate",), _activation(Activation.gelu), _require(approximate="none")),
-    nn.LeakyReLU: Kind(
-        ("negative_slope",), _activation(Activation.leaky_relu), _require(negative_slope=0.01)
-    ),
-    nn.ELU: Kind(("alpha",), _activation(Activation.elu), _require(alpha=1.0)),
-    nn.Identity: Kind((), _same),
+    nn.Linear: Kind(("in_features", "out_features"), _linear),
+    nn.ReLU: _acts(Activation.relu),
+    nn.ReLU6: _acts(Activation.relu6, min_val=0.0, max_val=6.0),
+    nn.Hardswish: _acts(Activation.hardswish),
+    nn.Hardsigmoid: _acts(Activation.hardsigmoid),
+    nn.SiLU: _acts(Activation.silu),
+    nn.Sigmoid: _acts(Activation.sigmoid),
+    nn.GELU: _acts(Activation.gelu, approximate="none"),
+    nn.LeakyReLU: _acts(Activation.leaky_relu, negative_slope=0.01),
+    nn.ELU: _acts(Activation.elu, alpha=1.0),
+    nn.PReLU: Kind(("num_parameters",), _prelu),
+    nn.Identity: Kind((), _same, pointwise=True),
+    nn.Flatten: Kind(("start_dim", "end_dim"), _same),
     nn.Dropout: _DROPOUT,
     nn.Dropout2d: _DROPOUT,
     nn.MaxPool2d: Kind((*_WINDOW, "dilation", "return_indices"), _max_pool, _check_max_pool),

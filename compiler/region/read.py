@@ -14,6 +14,15 @@ from nascompile.compiler.region.executors import Executor
 from nascompile.compiler.region.functions import Env, apply_function
 from nascompile.compiler.region.ir import Graph, Shape, Sum, TermInfo, Unsupported, Value, Weight, Zero
 from nascompile.compiler.region.operations import apply_module
+from nascompile.compiler.region.vectors import (
+    Seen,
+    apply_resize,
+    asked_size,
+    asks_for_sizes,
+    is_expansion,
+    resize_of,
+    seen,
+)
 
 
 def read(
@@ -44,6 +53,8 @@ def read(
                 env[node] = _apply(graph, modules, node, env, None)
     for node in outputs:
         with _at(node):
+            if not isinstance(env[node], Value):
+                raise Unsupported(f"{node.name} is no image")
             if isinstance(env[node].op, Zero):
                 raise Unsupported("an output is zero")
     graph.outputs = [env[node] for node in outputs]
@@ -62,13 +73,41 @@ def _at(node: fx.Node) -> Iterator[None]:
 
 def _apply(
     graph: Graph, modules: Mapping[str, nn.Module], node: fx.Node, env: Env, owner: Weight | None
-) -> Value:
-    if node.op != "call_module":
+) -> Any:
+    """An image, or on the way from one to the next what vectors.py has."""
+    first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+    given = None if first is None else env.get(first)
+    module = modules[str(node.target)] if node.op == "call_module" else None
+    if isinstance(given, tuple):
+        return given[node.args[1]]  # type: ignore[index]
+    if given is not None and asks_for_sizes(node):
+        return asked_size(given, *(node.args[1:] if node.op == "call_method" else ()))
+    if isinstance(given, Value) and is_expansion(node):
+        return given
+    resize = resize_of(node, module, of_image=isinstance(given, Value))
+    if isinstance(given, Value | Seen) and resize is not None:
+        name, args, kwargs = fx.node.map_arg(resize, lambda x: _known(node, x, env))  # type: ignore[misc]
+        return apply_resize(graph, given, module, (name, args, kwargs), owner)
+    if isinstance(given, Seen):
+        assert first is not None
+        inner = {**env, first: given.image}
+        return seen(_image(graph, module, node, inner, owner), given.sizes)
+    return _image(graph, module, node, env, owner)
+
+
+def _known(node: fx.Node, argument: fx.Node, env: Env) -> Any:
+    if argument not in env:
+        raise Unsupported(f"{node.format_node()} takes something from outside of the region")
+    return env[argument]
+
+
+def _image(graph: Graph, module: nn.Module | None, node: fx.Node, env: Env, owner: Weight | None) -> Value:
+    if module is None:
         return apply_function(graph, node, env, owner)
     arg = node.args[0] if len(node.args) == 1 and not node.kwargs else None
-    if not isinstance(arg, fx.Node) or arg not in env:
+    if not isinstance(arg, fx.Node) or not isinstance(env.get(arg), Value):
         raise Unsupported(f"{node.format_node()} does not take one image of the region")
-    return apply_module(graph, modules[str(node.target)], env[arg], owner)
+    return apply_module(graph, module, env[arg], owner)
 
 
 def _layer_choice(
@@ -80,6 +119,8 @@ def _layer_choice(
 ) -> Value:
     target: Any = node.target
     source = env[node.args[1]]  # type: ignore[index]
+    if not isinstance(source, Value):
+        raise Unsupported(f"{target.choice.key!r} does not take an image of the region")
     weights = [Weight(target.choice.key, index) for index in range(len(candidates))]
     outputs = [
         _candidate(graph, module, candidate, source, weight)
@@ -101,7 +142,7 @@ def _candidate(graph: Graph, module: nn.Module, candidate: Candidate, source: Va
                 env[node] = source
         elif node.op == "output":
             result = node.args[0]
-            if not isinstance(result, fx.Node) or result not in env:
+            if not isinstance(result, fx.Node) or not isinstance(env.get(result), Value):
                 raise Unsupported(f"candidate {type(module).__name__} does not return an image")
             return env[result]
         else:
@@ -114,7 +155,10 @@ def _input_choice(graph: Graph, node: fx.Node, env: Env, is_weighted: bool) -> V
     parts = node.args[0]
     assert isinstance(parts, list | tuple)
     weights = [Weight(choice.key, index) for index in range(len(parts))]
-    return _weigh(graph, choice, [env[part] for part in parts], weights, is_weighted)  # type: ignore[index]
+    outputs = [env[part] for part in parts]  # type: ignore[index]
+    if not all(isinstance(output, Value) for output in outputs):
+        raise Unsupported(f"{choice.key!r} does not choose among images of the region")
+    return _weigh(graph, choice, outputs, weights, is_weighted)
 
 
 def _weigh(

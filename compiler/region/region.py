@@ -4,6 +4,7 @@ or op by op."""
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +24,7 @@ from nascompile.compiler.region.plan import Plan, build
 from nascompile.compiler.region.read import read
 from nascompile.compiler.region.settings import Settings, read_borders
 from nascompile.compiler.region.types import working_type
+from nascompile.kernels.transforms import is_forward_differentiated, is_transformed
 
 PLAN_LIMIT = 8
 """Plans kept for one region; the one not used for longest goes."""
@@ -32,6 +34,14 @@ PART_LIMIT = 8
 """How often what a plan cannot have is found inside a part of a part; more would not end soon."""
 
 Function = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Instead:
+    """What runs where a plan cannot be made, and why it cannot."""
+
+    reason: str
+    function: Function
 
 
 class Rest(Protocol):
@@ -47,8 +57,8 @@ class Rest(Protocol):
 class Region:
     """`nodes` of the model's graph as one call: takes the values of `inputs`, gives those of `outputs`.
 
-    `fallback` computes the same without a plan. `notes` gets, under the region's name, why a plan cannot be
-    made. `without`: rewrites that plans leave out.
+    `fallback` computes the same without a plan. `notes` has, under the region's name, why the last call had
+    no plan. `without`: rewrites that plans leave out.
     """
 
     def __init__(
@@ -74,7 +84,8 @@ class Region:
         self._modules = modules
         self._candidates = candidates
         self._notes = notes
-        self._executions: dict[Any, Execution | Function] = {}
+        self._said: str | None = None
+        self._executions: dict[Any, Execution | Instead] = {}
         self._parts: dict[frozenset[fx.Node], tuple[Function, list[Region]]] = {}
         self._memory = Memory()
         self.settings = ModuleSettings(self._leaves(), settings_of)
@@ -85,22 +96,45 @@ class Region:
         if strange:
             readers = [node for index in strange for node in self.inputs[index].users]
             names = ", ".join(self.inputs[index].name for index in strange)
-            return self._in_parts(readers, f"{names} is not an image of the batch")(*tensors)
+            return self._do(self._in_parts(readers, f"{names} is not an image of the batch"), tensors)
         executor = executor_for(tensors)
         decisions = executor if isinstance(executor, str) else read_decisions(self.choices, executor)
         if isinstance(executor, str) or isinstance(decisions, str):
-            self._notes[self.__name__] = f"runs op by op: {decisions}"
-            return self.fallback(*tensors)
+            return self._do(self._op_by_op(str(decisions)), tensors)
         execution = self._execution(tensors, decisions, executor)
-        if not isinstance(execution, Execution):
-            return execution(*tensors)
+        if isinstance(execution, Instead):
+            return self._do(execution, tensors)
         boundary = execution.boundaries.of(tensors, decisions.chosen)
         if isinstance(boundary, str):
-            self._notes[self.__name__] = f"runs op by op: {boundary}"
-            return self.fallback(*tensors)
+            return self._do(self._op_by_op(boundary), tensors)
+        if self._said is not None:
+            self._say(None)
         as_written = boundary.as_written(self.fallback)
         outputs = boundary.call(lambda wide: call(execution, decisions, wide, as_written), tensors)
         return outputs[0] if len(outputs) == 1 else outputs
+
+    def _do(self, instead: Instead, tensors: Sequence[Tensor]) -> Any:
+        if self._said != instead.reason:
+            self._say(instead.reason)
+        return instead.function(*tensors)
+
+    def _say(self, reason: str | None) -> None:
+        """Note what holds now, of this region and its parts."""
+        for name in list(self._notes):
+            if name == self.__name__ or name.startswith(f"{self.__name__}_"):
+                self._notes.pop(name, None)
+        for part in self._all_parts():
+            part._said = None
+        self._said = reason
+        if reason is not None:
+            self._notes[self.__name__] = reason
+
+    def _all_parts(self) -> list[Region]:
+        parts = [part for _, regions in self._parts.values() for part in regions]
+        return [*parts, *(inner for part in parts for inner in part._all_parts())]
+
+    def _op_by_op(self, reason: str) -> Instead:
+        return Instead(f"runs op by op: {reason}", self.fallback)
 
     def _leaves(self) -> list[nn.Module]:
         """The modules that a region reads, each once."""
@@ -127,21 +161,19 @@ class Region:
         execution = self._execution(tensors, decisions, executor)
         return execution.plan.slab * executor.dtype.itemsize if isinstance(execution, Execution) else None
 
-    def _in_parts(self, outside: Collection[fx.Node], reason: str) -> Function:
+    def _in_parts(self, outside: Collection[fx.Node], reason: str) -> Instead:
         """The region without some nodes, which run as they are, and the others in regions of their own."""
         if self.__name__.count("_") > PART_LIMIT:
-            self._notes[self.__name__] = f"runs op by op: {reason}"
-            return self.fallback
+            return self._op_by_op(reason)
         key = frozenset(outside)
         if key not in self._parts:
             self._parts[key] = self.fallback.in_parts(key)
         function, regions = self._parts[key]
-        self._notes[self.__name__] = f"runs {'in parts' if regions else 'op by op'}: {reason}"
-        return function
+        return Instead(f"runs {'in parts' if regions else 'op by op'}: {reason}", function)
 
     def _execution(
         self, tensors: Sequence[Tensor], decisions: Decisions, executor: Executor
-    ) -> Execution | Function:
+    ) -> Execution | Instead:
         grad = torch.is_grad_enabled()
         key = (
             tuple(tensor.shape for tensor in tensors),
@@ -167,12 +199,11 @@ class Region:
         self._executions[key] = execution
         return execution
 
-    def _instead(self, reason: Unsupported) -> Function:
+    def _instead(self, reason: Unsupported) -> Instead:
         """What the region does where a plan cannot be made."""
         if reason.node is not None:
             return self._in_parts([reason.node], str(reason))
-        self._notes[self.__name__] = f"runs op by op: {reason}"
-        return self.fallback
+        return self._op_by_op(str(reason))
 
     def _make(
         self, tensors: Sequence[Tensor], decisions: Decisions, grad: bool, executor: Executor
@@ -256,10 +287,9 @@ def _why_not_now(device: str) -> str | None:
     """Why no plan can run in the present state of torch, or None."""
     if device == "cuda" and torch.is_autocast_enabled(device):
         return "autocast is on"
-    functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
-    if functorch.maybe_current_level() is not None or torch._C._len_torch_dispatch_stack() > 0:
+    if is_transformed() or torch._C._len_torch_dispatch_stack() > 0:
         return "a transformation of functions or a dispatch mode is active"
-    if torch.autograd.forward_ad._current_level >= 0:
+    if is_forward_differentiated():
         return "forward-mode differentiation is active"
     if torch._C._get_tracing_state() is not None or torch.compiler.is_compiling():
         return "the program is being traced"

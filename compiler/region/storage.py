@@ -31,7 +31,7 @@ from nascompile.compiler.region.ir import (
     Value,
     Weight,
 )
-from nascompile.compiler.region.layout import runs, starts
+from nascompile.compiler.region.layout import Segments, runs, starts
 from nascompile.compiler.region.memory import Buffer, Place, new_place
 from nascompile.compiler.region.settings import Settings
 from nascompile.compiler.region.tasks import Staged
@@ -82,6 +82,15 @@ class ConvOf:
         part = self.depthwise or self.dense
         assert part is not None
         return part
+
+
+def segments_of(norm: Value) -> Segments:
+    """Which number of a normalisation's vectors each channel has."""
+    assert isinstance(norm.op, Norm)
+    if norm.op.is_single:
+        own = norm.layout.segments
+        return tuple((0, 1, padded + k) for _, count, padded in own for k in range(count))
+    return norm.layout.shifted(norm.op.first)
 
 
 def scale_and_shift(vectors: Buffer | None, channels: int) -> tuple[int, int]:

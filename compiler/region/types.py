@@ -70,6 +70,7 @@ def _norm(by_batch: bool) -> Callable[..., Tensor]:
 _OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "convolution": F.conv2d,
     "bias": lambda x, bias: F.conv2d(x, x, bias.flatten()),
+    "PReLU": lambda x, slope: F.prelu(x, slope.flatten()[:1]),
     "BatchNorm over the batch": _norm(True),
     "BatchNorm": _norm(False),
     **{kind.name: activation for kind, activation in ACTIVATIONS.items()},
@@ -105,7 +106,9 @@ Question = tuple[str, tuple[torch.dtype | None, ...]]
 
 def _norm_question(op: Norm, types: Dtypes) -> Question:
     if op.running_mean is None and not op.by_batch:
-        assert op.beta is not None
+        if op.beta is None:
+            assert op.gamma is not None
+            return "PReLU", (*types, op.gamma.value.dtype)
         return "bias", (*types, op.beta.value.dtype)
     refs = (op.running_mean, op.running_var, op.gamma, op.beta)
     vectors = (None if ref is None else ref.value.dtype for ref in refs)

@@ -12,29 +12,47 @@ namespace {
 
 constexpr float kSlope = 0.01f;  // of leaky relu below zero
 
-// e^x within two units in the last place between -87 and 88, beyond as at the ends; nan stays nan.
-NASCOMPILE_INLINE Vec exponential(const Vec& x) {
-  using Words = int32_t __attribute__((vector_size(sizeof(Vec))));
-  const Vec bounded = at::vec::clamp(x, Vec(-87.0f), Vec(88.0f));
-  // 1.5 * 2^23: what is added to it loses its fraction, and the whole part lies in the lowest bits
-  const Vec kWhole(12582912.0f);
-  const Vec shifted = at::vec::fmadd(bounded, Vec(1.44269504f), kWhole);
-  const Vec whole = shifted - kWhole;
-  // log 2 in two parts, the first with few enough digits to be exact times `whole`
-  Vec rest = at::vec::fmadd(whole, Vec(-0.693359375f), bounded);
-  rest = at::vec::fmadd(whole, Vec(2.12194440e-4f), rest);
-  Vec sum(1.9875691500e-4f);
-  for (const float coefficient : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 0.5f}) {
-    sum = at::vec::fmadd(sum, rest, Vec(coefficient));
+// e^x = scale * (1 + part): scale a power of two, part between -0.3 and 0.42. For x between kLowest and kHighest.
+constexpr float kLowest = -87.3f;
+constexpr float kHighest = 88.3f;
+
+struct Power {
+  Vec scale, part;
+
+  NASCOMPILE_INLINE explicit Power(const Vec& x) {
+    using Words = int32_t __attribute__((vector_size(sizeof(Vec))));
+    // 1.5 * 2^23: what is added to it loses its fraction, and the whole part lies in the lowest bits
+    const Vec kWhole(12582912.0f);
+    const Vec shifted = at::vec::fmadd(x, Vec(1.44269504f), kWhole);
+    const Vec whole = shifted - kWhole;
+    // log 2 in two parts, the first with few enough digits to be exact times `whole`
+    Vec rest = at::vec::fmadd(whole, Vec(-0.693359375f), x);
+    rest = at::vec::fmadd(whole, Vec(2.12194440e-4f), rest);
+    Vec sum(1.9875691500e-4f);
+    for (const float coefficient : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 0.5f}) {
+      sum = at::vec::fmadd(sum, rest, Vec(coefficient));
+    }
+    part = at::vec::fmadd(sum, rest * rest, rest);
+    Words exponent;
+    std::memcpy(&exponent, &shifted, sizeof(exponent));
+    exponent = (exponent << 23) + (127 << 23);
+    std::memcpy(static_cast<void*>(&scale), &exponent, sizeof(exponent));
   }
-  const Vec power = at::vec::fmadd(sum, rest * rest, rest + Vec(1.0f));
-  Words exponent;
-  Words bits;
-  std::memcpy(&exponent, &shifted, sizeof(bits));
-  std::memcpy(&bits, &power, sizeof(bits));
-  bits += exponent << 23;
-  Vec result;
-  std::memcpy(static_cast<void*>(&result), &bits, sizeof(bits));
+};
+
+// e^x within two units in the last place; zero below kLowest, infinite above kHighest, nan stays nan
+NASCOMPILE_INLINE Vec exponential(const Vec& x) {
+  const Vec bounded = at::vec::clamp(x, Vec(kLowest), Vec(kHighest));
+  const Power power(bounded);
+  const Vec inside = at::vec::fmadd(power.scale, power.part, power.scale);
+  const Vec outside = at::vec::clamp_min(x, Vec(0.0f)) * Vec(3e38f);
+  return Vec::blendv(outside, inside, x == bounded);
+}
+
+// e^x - 1 for x up to zero, with all digits near zero; nan stays nan
+NASCOMPILE_INLINE Vec exponential_minus_one(const Vec& x) {
+  const Power power(at::vec::clamp(x, Vec(kLowest), Vec(0.0f)));
+  const Vec result = at::vec::fmadd(power.scale, power.part, power.scale - Vec(1.0f));
   return Vec::blendv(result, x, x != x);
 }
 
@@ -79,7 +97,9 @@ NASCOMPILE_INLINE Vec activate_one(const Vec& x) {
   } else if constexpr (A == plan::kLeakyRelu) {
     return Vec::blendv(x * Vec(kSlope), x, x > Vec(0.0f));
   } else if constexpr (A == plan::kElu) {
-    return Vec::blendv(exponential(x) - Vec(1.0f), x, x > Vec(0.0f));
+    return Vec::blendv(exponential_minus_one(x), x, x > Vec(0.0f));
+  } else if constexpr (A == plan::kNegative) {
+    return Vec::blendv(x, Vec(0.0f), x > Vec(0.0f));
   } else {
     return x;
   }
@@ -110,6 +130,8 @@ NASCOMPILE_INLINE Vec hand_back_one(const Vec& g, const Vec& x) {
     return Vec::blendv(g * Vec(kSlope), g, x > Vec(0.0f));
   } else if constexpr (A == plan::kElu) {
     return Vec::blendv(g * exponential(x), g, x > Vec(0.0f));
+  } else if constexpr (A == plan::kNegative) {
+    return Vec::blendv(g, Vec(0.0f), x > Vec(0.0f));
   } else {
     return g;
   }
@@ -137,7 +159,8 @@ void switch_among(int64_t activation, const Visit& visit) {
 template <typename Visit>
 void switch_activation(int64_t activation, const Visit& visit) {
   using namespace plan;
-  switch_among<kRelu, kRelu6, kHardswish, kHardsigmoid, kSilu, kSigmoid, kGelu, kLeakyRelu, kElu>(activation, visit);
+  switch_among<kRelu, kRelu6, kHardswish, kHardsigmoid, kSilu, kSigmoid, kGelu, kLeakyRelu, kElu, kNegative>(
+      activation, visit);
 }
 
 // those whose derivative follows from the output

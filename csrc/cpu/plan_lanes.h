@@ -119,6 +119,49 @@ NASCOMPILE_INLINE void add_moments(
   }
 }
 
+// The range of a row's first pixels: its middle, near all others, is what products are summed about.
+template <int N>
+struct Range {
+  Channels<N> middle, width;
+
+  NASCOMPILE_INLINE Range(const float* row, int64_t pixel, int64_t pixels) {
+    Channels<N> low(row);
+    Channels<N> high(row);
+    for (int64_t x = 1; x < std::min<int64_t>(pixels, 4); ++x) {
+      const Channels<N> value(row + x * pixel);
+      low = each([](const Vec& a, const Vec& b) { return at::vec::minimum(a, b); }, low, value);
+      high = each([](const Vec& a, const Vec& b) { return at::vec::maximum(a, b); }, high, value);
+    }
+    middle = multiply(add(low, high), Channels<N>(0.5f));
+    width = subtract(high, low);
+  }
+
+  // Whether a channel lies so far from zero that products with it lose digits.
+  NASCOMPILE_INLINE bool is_far() const {
+    Vec far(0.0f);
+    for (int i = 0; i < Channels<N>::kCount; ++i) {
+      far = at::vec::maximum(far, middle.part[i].abs() - width.part[i] * Vec(3.0f));
+    }
+    return far.zero_mask() != (1 << Vec::size()) - 1;
+  }
+};
+
+// Sums of gradients times values about a shift, given those of the gradients, go to the sums of gradients times the
+// values themselves: in fp64, for BatchNorm subtracts the mean of the values from them again.
+template <int N>
+NASCOMPILE_INLINE void add_products(
+    double* sums, const Channels<N>& shift, const Channels<N>& total, const Channels<N>& products) {
+  float shifts[N];
+  float totals[N];
+  float about[N];
+  shift.store(shifts);
+  total.store(totals);
+  products.store(about);
+  for (int i = 0; i < N; ++i) {
+    sums[i] += about[i] + static_cast<double>(shifts[i]) * totals[i];
+  }
+}
+
 // visit(channel, N) for every N = 16 channels, then for the last 8 of them
 template <typename Visit>
 void for_channels(int64_t begin, int64_t end, const Visit& visit) {

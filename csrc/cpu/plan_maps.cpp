@@ -133,9 +133,10 @@ void finish(const plan::Combine& step, const Tile& tile, int64_t channel, const 
 // ---- sums over pixels
 
 // sums[k] += sum over a tile's pixels of gradient * map, for K maps; `total` += sum of the gradient where it is there
-template <int N, int K>
+template <int N, int K, bool about>
 void reduce_maps(
-    const Source* sources, double* const* sums, double* total, const Tile& tile, int64_t channel, const View& gradient) {
+    const Source* sources, double* const* sums, double* total, const Tile& tile, int64_t channel, const View& gradient,
+    const Channels<N>* shifts) {
   Channels<N> products[K + 1];
   const float* maps[K + 1];
   Channels<N> plain;
@@ -149,18 +150,41 @@ void reduce_maps(
       plain = add(plain, value);
 #pragma GCC unroll 4
       for (int k = 0; k < K; ++k) {
-        products[k] = multiply_add(value, Channels<N>(maps[k]), products[k]);
+        const Channels<N> read(maps[k]);
+        products[k] = multiply_add(value, about ? subtract(read, shifts[k]) : read, products[k]);
         maps[k] += sources[k].view.pixel;
       }
       in += gradient.pixel;
     }
   }
   for (int k = 0; k < K; ++k) {
-    add_to(sums[k] + channel, products[k]);
+    if constexpr (about) {
+      add_products(sums[k] + channel, shifts[k], plain, products[k]);
+    } else {
+      add_to(sums[k] + channel, products[k]);
+    }
   }
   if (total != nullptr) {
     add_to(total + channel, plain);
   }
+}
+
+// the same about numbers near the maps, where they are far from zero
+template <int N, int K>
+void reduce_some(
+    const Source* sources, double* const* sums, double* total, const Tile& tile, int64_t channel, const View& gradient) {
+  Channels<N> shifts[K + 1];
+  bool is_far = false;
+  for (int k = 0; k < K; ++k) {
+    const View& map = sources[k].view;
+    const Range<N> range(map.at(tile) + channel, map.pixel, tile.width);
+    shifts[k] = range.middle;
+    is_far |= range.is_far();
+  }
+  if (is_far) {
+    return reduce_maps<N, K, true>(sources, sums, total, tile, channel, gradient, shifts);
+  }
+  reduce_maps<N, K, false>(sources, sums, total, tile, channel, gradient, shifts);
 }
 
 template <int N>
@@ -174,15 +198,15 @@ void reduce_group(
     const View& gradient) {
   switch (count) {
     case 0:
-      return reduce_maps<N, 0>(sources, sums, total, tile, channel, gradient);
+      return reduce_some<N, 0>(sources, sums, total, tile, channel, gradient);
     case 1:
-      return reduce_maps<N, 1>(sources, sums, total, tile, channel, gradient);
+      return reduce_some<N, 1>(sources, sums, total, tile, channel, gradient);
     case 2:
-      return reduce_maps<N, 2>(sources, sums, total, tile, channel, gradient);
+      return reduce_some<N, 2>(sources, sums, total, tile, channel, gradient);
     case 3:
-      return reduce_maps<N, 3>(sources, sums, total, tile, channel, gradient);
+      return reduce_some<N, 3>(sources, sums, total, tile, channel, gradient);
     default:
-      return reduce_maps<N, kGroup>(sources, sums, total, tile, channel, gradient);
+      return reduce_some<N, kGroup>(sources, sums, total, tile, channel, gradient);
   }
 }
 
@@ -404,15 +428,15 @@ struct Unstaging {
   View gradient, source, target;
   bool streams;
 
-  // One pixel's channels: adds the gradient that is passed on to `total`, times the source to `products`.
+  // One pixel's channels: adds the gradient that is passed on to `total`, times the source about a number to `products`.
   template <int64_t A, int N>
   NASCOMPILE_INLINE void pass(
       const float* in, const float* value, float* out, const Channels<N>& factor, const Channels<N>& offset,
-      Channels<N>& total, Channels<N>& products) const {
+      const Channels<N>& about, Channels<N>& total, Channels<N>& products) const {
     const Channels<N> read(value);
     Channels<N> passed = hand_back<A>(Channels<N>(in), multiply_add(factor, read, offset));
     total = add(total, passed);
-    products = multiply_add(passed, read, products);
+    products = multiply_add(passed, subtract(read, about), products);
     if (step.adds) {
       passed = add(passed, Channels<N>(out));
     }
@@ -428,6 +452,11 @@ struct Unstaging {
   void in_turn(const Tile& tile, double* moments) const {
     alignas(64) float totals[kTileFloats / 2];
     alignas(64) float products[kTileFloats / 2];
+    alignas(64) float abouts[kTileFloats / 2];
+    for_channels(tile.begin, tile.end, [&](int64_t channel, auto n) {
+      const Range<n> range(source.at(tile) + channel, source.pixel, tile.width);
+      range.middle.store(abouts + channel - tile.begin);
+    });
     std::fill_n(totals, tile.end - tile.begin, 0.0f);
     std::fill_n(products, tile.end - tile.begin, 0.0f);
     for_pixels(tile, [&](int64_t y, int64_t x) {
@@ -440,15 +469,19 @@ struct Unstaging {
         Channels<n> product(products + at);
         const Channels<n> factor(scale, channel, 1.0f);
         const Channels<n> offset(shift, channel, 0.0f);
-        pass<A>(in + channel, value + channel, out + channel, factor, offset, total, product);
+        const Channels<n> about(abouts + at);
+        pass<A>(in + channel, value + channel, out + channel, factor, offset, about, total, product);
         total.store(totals + at);
         product.store(products + at);
       });
     });
     if (moments != nullptr) {
       for_channels(tile.begin, tile.end, [&](int64_t channel, auto n) {
-        add_to(moments + channel, Channels<n>(totals + channel - tile.begin));
-        add_to(moments + step.source.channels + channel, Channels<n>(products + channel - tile.begin));
+        const int64_t at = channel - tile.begin;
+        const Channels<n> total(totals + at);
+        add_to(moments + channel, total);
+        add_products(
+            moments + step.source.channels + channel, Channels<n>(abouts + at), total, Channels<n>(products + at));
       });
     }
   }
@@ -461,14 +494,15 @@ struct Unstaging {
       const Channels<n> offset(shift, channel, 0.0f);
       Channels<n> total;
       Channels<n> products;
+      const Channels<n> about = Range<n>(source.at(tile) + channel, source.pixel, tile.width).middle;
       for_pixels(tile, [&](int64_t y, int64_t x) {
         const float* const in = gradient.at(tile, y, x) + channel;
         const float* const value = source.at(tile, y, x) + channel;
-        pass<A>(in, value, target.at(tile, y, x) + channel, factor, offset, total, products);
+        pass<A>(in, value, target.at(tile, y, x) + channel, factor, offset, about, total, products);
       });
       if (moments != nullptr) {
         add_to(moments + channel, total);
-        add_to(moments + step.source.channels + channel, products);
+        add_products(moments + step.source.channels + channel, about, total, products);
       }
     });
   }

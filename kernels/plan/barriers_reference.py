@@ -32,9 +32,14 @@ def pack_depthwise(state: State, op: PackDepthwise) -> None:
         packed[:, padded : padded + count] = weights[logical : logical + count].t().to(packed.dtype)
 
 
+def _by_taps(weights: Tensor) -> Tensor:
+    """(outputs, inputs, taps) of a convolution's weights, or of a linear layer's, which have one tap."""
+    return weights[..., None].flatten(2)
+
+
 def pack_dense(state: State, op: PackDense) -> None:
     size = op.count * op.in_channels * op.out_channels
-    weights = state.tensors[op.tensor].detach().flatten(2)
+    weights = _by_taps(state.tensors[op.tensor].detach())
     packed = state.slab.new_zeros(op.count, op.in_channels, op.out_channels)
     for source, inputs, i in op.in_segments:
         for target, outputs, o in op.out_segments:
@@ -57,7 +62,7 @@ def unpack_depthwise(state: State, op: UnpackDepthwise) -> None:
 def unpack_dense(state: State, op: UnpackDense) -> None:
     size = op.count * op.in_channels * op.out_channels
     packed = state.gradients[op.source : op.source + size].view(op.count, op.in_channels, op.out_channels)
-    target = state.tensors[op.tensor].flatten(2)
+    target = _by_taps(state.tensors[op.tensor])
     for source, inputs, i in op.in_segments:
         for first, outputs, o in op.out_segments:
             block = packed[:, i : i + inputs, o : o + outputs].permute(2, 1, 0)

@@ -101,6 +101,7 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     Activation.gelu: functional.gelu,
     Activation.leaky_relu: functional.leaky_relu,
     Activation.elu: functional.elu,
+    Activation.negative: lambda value: torch.where(value > 0, 0, value),
 }
 
 
@@ -112,9 +113,10 @@ def _hand_back(gradient: Tensor, value: Tensor, activation: Activation) -> Tenso
     """The gradient times the activation's derivative; but for MASKS that is autograd's."""
     if activation == Activation.none:
         return gradient
+    if activation == Activation.relu6:
+        return torch.where((value > 0) & (value < 6), gradient, 0)
     if activation in MASKS:
-        stops = (value <= 0) | ((value >= 6) & (activation == Activation.relu6))
-        return torch.where(stops, 0, gradient)
+        return torch.where(value <= 0, 0, gradient)
     with torch.enable_grad():
         value = value.detach().requires_grad_()
         return torch.autograd.grad(ACTIVATIONS[activation](value), value, gradient)[0]

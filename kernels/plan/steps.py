@@ -45,6 +45,8 @@ class Activation(IntEnum):
     gelu = 7
     leaky_relu = 8
     elu = 9
+    negative = 10
+    """min(x, 0): the part below zero of one whose slope there is a parameter."""
 
 
 MASKS = frozenset((Activation.relu, Activation.relu6))
@@ -297,8 +299,8 @@ class Unstage:
     """The gradient of Stage: g = gradient * activation'(scale * source + shift); target (+)= g.
 
     `target` may be `gradient`. `moments`: offset in the sums of [sum of g][sum of g * source], or NONE. The
-    derivative of ReLU at 0 is 0, that of ReLU6 at 0 and 6 as well. GELU is that of the normal distribution,
-    the slope of LeakyReLU 0.01, ELU's alpha 1.
+    derivative of ReLU at 0 is 0, that of ReLU6 at 0, 6 and nan as well. GELU is that of the normal
+    distribution, the slope of LeakyReLU 0.01, ELU's alpha 1.
     """
 
     gradient: Map

@@ -16,6 +16,7 @@ SIGMOID = tl.constexpr(int(Activation.sigmoid))
 GELU = tl.constexpr(int(Activation.gelu))
 LEAKY_RELU = tl.constexpr(int(Activation.leaky_relu))
 ELU = tl.constexpr(int(Activation.elu))
+NEGATIVE = tl.constexpr(int(Activation.negative))
 
 
 @triton.jit
@@ -29,6 +30,15 @@ def clip(value, top):
 def sigmoid(value):
     """1 / (1 + e^-value)."""
     return 1 / (1 + tl.exp(-value))
+
+
+@triton.jit
+def exponential_minus_one(value):
+    """e^value - 1 for values up to zero; by its series where the difference would have no digits."""
+    series = 1 + value / 7
+    for power in tl.static_range(6, 1, -1):  # pyright: ignore[reportGeneralTypeIssues]
+        series = 1 + value / power * series
+    return tl.where(value > -0.35, value * series, tl.exp(value) - 1)
 
 
 @triton.jit
@@ -57,15 +67,17 @@ def activate(value, activation):
     elif activation == LEAKY_RELU:
         value = tl.where(value > 0, value, value * 0.01)
     elif activation == ELU:
-        value = tl.where(value > 0, value, tl.exp(value) - 1)
+        value = tl.where(value > 0, value, exponential_minus_one(value))
+    elif activation == NEGATIVE:
+        value = tl.where(value > 0, 0.0, value)
     return value
 
 
 @triton.jit
 def passes(value, activation):
     """Where relu or relu6 hands its gradient on."""
-    stops = ((activation > 0) & (value <= 0)) | ((activation == RELU6) & (value >= 6))
-    return stops == 0
+    stops = (activation > 0) & (value <= 0)
+    return ((activation == RELU6) & (value > 0) & (value < 6)) | ((activation != RELU6) & (stops == 0))
 
 
 @triton.jit
@@ -91,4 +103,6 @@ def hand_back(gradient, value, activation):
         gradient = tl.where(value > 0, gradient, gradient * 0.01)
     elif activation == ELU:
         gradient = tl.where(value > 0, gradient, gradient * tl.exp(value))
+    elif activation == NEGATIVE:
+        gradient = tl.where(value > 0, 0.0, gradient)
     return gradient

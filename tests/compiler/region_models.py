@@ -390,7 +390,7 @@ CASES = (
          evaluated=True, outside="not understood"),
     Case("not understood", lambda: Cell(lambda: [nn.Mish(), Unit("acb", 8)]), regions=0, outside="Mish"),
     Case("mergeable", lambda: Cell(lambda: [nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, padding=1)]), regions=0,
-         outside="merged into one convolution"),
+         outside="merged into one layer"),
     *(_sized(*size) for size in ((3, 7, 5, 3), (5, 1, 1, 3), (12, 13, 3, 1), (16, 4, 4, 3), (24, 5, 5, 1),
       (8, 1, 6, 3), (7, 3, 3, 2), (32, 2, 2, 1))),
 )  # fmt: skip

@@ -21,6 +21,8 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
     "leaky": nn.LeakyReLU,
     "elu": nn.ELU,
+    "prelu": nn.PReLU,
+    "prelu by channel": lambda: nn.PReLU(8),
 }
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "F.relu": lambda x: F.relu(x, inplace=True),
@@ -313,6 +315,20 @@ CASES = (
     Case("map", lambda: Broadcast("map"), regions=2, in_parts="a sum broadcasts"),
     Case("pixel", lambda: Broadcast("pixel"), in_parts="a sum broadcasts"),
     Case("large window", lambda: Broadcast("large window"), in_parts="too large"),
+    Case(
+        "replicated",
+        lambda: Cell(
+            lambda: [nn.Sequential(nn.ReplicationPad2d(1), Unit("acb", 8, padding=0)), SepConv(8, 3)]
+        ),
+        regions=0,
+        outside="ReplicationPad2d is not understood",
+    ),
+    Case(
+        "group norm",
+        lambda: Cell(lambda: [nn.Sequential(Unit("acb", 8), nn.GroupNorm(2, 8)), SepConv(8, 3)]),
+        regions=0,
+        outside="GroupNorm is not understood",
+    ),
     Case("residual", lambda: Cell(lambda: [Residual(), Unit("acb", 8)])),
     Case("in place", lambda: InPlace(lambda: [Unit("acb", 8), SepConv(8, 3)])),
 )

@@ -69,7 +69,12 @@ def test_rows(explanation: Explanation):
     assert (a.fed_by, a.feeds) == (("(input)",), ("b", "c", "skip"))
     assert rows["b"].shared_with == ("c",)
     assert rows["skip"].n_chosen == 2
-    assert a.compiled == "fused: mixed_sum"
+    assert a.compiled == (
+        "fused: mixed_sum; merged into one layer: plain, none; in no region: candidate 'plain': Linear: "
+        "a linear layer of 4 numbers is not given one number a channel"
+    )
+    nothing = "fused: mixed_sum; in no region: no choice of layers is connected to it"
+    assert rows["skip"].compiled == nothing
 
 
 def test_sizes(explanation: Explanation):
@@ -135,7 +140,13 @@ def test_islands_are_named_with_file_line_and_reason():
 
 def test_why_a_choice_is_not_fused():
     single = nn.Sequential(LayerChoice([nn.Linear(4, 4)], key="one"))
-    assert explain(single, X).rows[0].compiled == "traced, not fused: mixed_sum: there is only one candidate"
+    assert (
+        explain(single, X)
+        .rows[0]
+        .compiled.startswith(
+            "traced, not fused: mixed_sum: there is only one candidate; in no region: candidate '0': Linear"
+        )
+    )
 
     class Dead(nn.Module):
         def __init__(self) -> None:
@@ -149,10 +160,36 @@ def test_why_a_choice_is_not_fused():
     assert "never called" in shown(explain(Dead(), X))
 
 
+def test_where_each_choice_is_computed_and_why():
+    def relu(layer: nn.Module) -> nn.Module:
+        return nn.Sequential(nn.ReLU(), layer)
+
+    model = nn.Sequential(
+        LayerChoice([nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, padding=1), nn.MaxPool2d(3, 1, 1)], key="merged"),
+        nn.Tanh(),
+        LayerChoice([relu(nn.Conv2d(4, 4, 1)), relu(nn.GroupNorm(2, 4))], key="norm"),
+        nn.ReflectionPad2d(1),
+        LayerChoice([relu(nn.Conv2d(4, 4, 1)), nn.AvgPool2d(3, 1, 1)], key="planned"),
+        LayerChoice(
+            [nn.Sequential(nn.Linear(7, 7), act, nn.Linear(7, 7)) for act in (nn.ReLU(), nn.GELU())],
+            key="batched",
+        ),
+    )
+    found = {row.key: row.compiled for row in explain(model, torch.randn(2, 4, 5, 5)).rows}
+    linear = "Linear: a linear layer of 7 numbers is not given one number a channel"
+    assert found == {
+        "merged": "fused: mixed_sum; merged into one layer: 0, 1",
+        "norm": "fused: mixed_sum; in no region: candidate '1': GroupNorm is not understood by regions",
+        "planned": "fused: region_0",
+        "batched": f"fused: mixed_sum; computed together: 0, 1; in no region: candidate '0': {linear}",
+    }
+
+
 def test_a_given_compiled_model_is_reported():
     model = Net()
     compiled = compile(model, X, skip=["fuse_weighted_sums"])
-    assert {row.compiled for row in explain(model, X, compiled=compiled).rows} == {"traced"}
+    found = {row.compiled.split(";")[0] for row in explain(model, X, compiled=compiled).rows}
+    assert found == {"traced"}
     assert explain(compiled, X) == explain(model, X, compiled=compiled)
 
 

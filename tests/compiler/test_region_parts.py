@@ -39,9 +39,9 @@ class Places(nn.Module):
 class Both:
     """The model eagerly and compiled, the same weights in both."""
 
-    def __init__(self) -> None:
+    def __init__(self, make: type[Places] = Places) -> None:
         torch.manual_seed(0)
-        self.eager: Any = Places().double()
+        self.eager: Any = make().double()
         self.model: Any = copy.deepcopy(self.eager)
         self.compiled = nascompile.compile(self.model)
         self.mutators = [Decided(self.eager), Decided(self.model)]
@@ -83,6 +83,31 @@ def test_every_call_has_its_parts() -> None:
     plans = len(region.plans)
     assert_same(*both.steps(1))
     assert len(region.plans) == plans
+
+
+class Added(Places):
+    """As Places, without what no size allows."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.two(self.one(x) + y)
+
+
+def test_notes_are_about_the_last_call() -> None:
+    both = Both(Added)
+    for count in (3, 1, 3, 1, 3):
+        assert_same(*both.steps(count))
+        assert ("y is not an image of the batch" in both.notes) == (count == 1)
+    assert both.compiled.notes == {}
+    # a part says what holds for itself, as long as there are parts
+    both = Both()
+    both.steps(1)
+    before = both.compiled.notes
+    assert "hooks on saved tensors" not in both.notes
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        both.steps(1)
+    assert "hooks on saved tensors" in both.notes
+    both.steps(1)
+    assert both.compiled.notes == before
 
 
 def test_gradients_of_gradients_through_parts() -> None:

@@ -23,7 +23,7 @@ from nascompile.spaces import (
 )
 from nascompile.spaces.mbconv import Stage
 from tests.comparing import Decided, step, tensors
-from tests.compiler import region_patterns
+from tests.compiler import region_patterns, region_vectors
 from tests.compiler.region_models import CASES, Case, Nothing, SepConv, Unit
 from tests.compiler.region_pairs import NET, Pair
 from tests.compiler.region_steps import ROUNDS, build, images, regions
@@ -39,7 +39,11 @@ from tests.compiler.region_types import (
     compared,
 )
 
-PLANNED = [case for case in (*CASES, *region_patterns.CASES) if case.regions and case.op_by_op is None]
+PLANNED = [
+    case
+    for case in (*CASES, *region_patterns.CASES, *region_vectors.CASES)
+    if case.regions and case.op_by_op is None
+]
 SOME = (
     "orders",
     "mean",

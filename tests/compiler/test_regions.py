@@ -13,7 +13,7 @@ import nascompile
 from nascompile.mutables import InputChoice, LayerChoice
 from tests import numerics
 from tests.comparing import Decided, assert_close, assert_same, step
-from tests.compiler import region_layouts, region_models, region_patterns
+from tests.compiler import region_layouts, region_models, region_patterns, region_vectors
 from tests.compiler.region_models import Case, Nothing, SepConv, Unit
 from tests.compiler.region_steps import (
     assert_regions,
@@ -29,7 +29,7 @@ from tests.kernels.plan_memory import instruction_set
 __all__ = ["instruction_set"]
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
-CASES = (*region_models.CASES, *region_layouts.CASES, *region_patterns.CASES)
+CASES = (*region_models.CASES, *region_layouts.CASES, *region_patterns.CASES, *region_vectors.CASES)
 BY_NAME: Any = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 

@@ -6,10 +6,11 @@ import os
 
 import pytest
 import torch
+from torch import Tensor
 
 from nascompile.kernels import native
 from nascompile.kernels.plan import barriers_reference, cuda, reference
-from nascompile.kernels.plan.program import Phase
+from nascompile.kernels.plan.program import Phase, Program
 from nascompile.kernels.plan.state import State
 from nascompile.kernels.plan.steps import NONE, Pool
 from tests.kernels import plan_memory
@@ -45,10 +46,7 @@ def compare(memory: Memory, *phases: Phase, tolerance: float = 5e-6) -> None:
                 reference.RUN[type(step)](state, step)
             if isinstance(step, Pool) and step.index != NONE:
                 kept.append((step.index, memory.images * step.index_image))
-    prepared = cuda.prepare(program, DEVICE, "ieee")
-    work, slab = empty(prepared.work).to(DEVICE), memory.slab.to(DEVICE)
-    tensors = [tensor.to(DEVICE) for tensor in memory.tensors]
-    prepared.run(slab, work, flags.to(DEVICE), tensors)
+    work, slab, tensors = _run(memory, program, flags)
     found = slab.cpu().clone()
     for at, count in kept:
         # bytes there: fp64 has them elsewhere
@@ -63,6 +61,22 @@ def compare(memory: Memory, *phases: Phase, tolerance: float = 5e-6) -> None:
         same(tensor.cpu(), expected, tolerance)
         memory.tensors[number] = tensor
     memory.slab = slab.cpu()
+
+
+def run_steps(memory: Memory, *steps: object) -> None:
+    """Run steps in Triton."""
+    program = memory.program(Phase((), steps))  # type: ignore[arg-type]
+    _, slab, _ = _run(memory, program, torch.tensor([*memory.flags, 0], dtype=torch.uint8))
+    memory.slab = slab.cpu()
+
+
+def _run(memory: Memory, program: Program, flags: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Work memory, slab and tensors afterwards."""
+    prepared = cuda.prepare(program, DEVICE, "ieee")
+    work, slab = empty(prepared.work).to(DEVICE), memory.slab.to(DEVICE)
+    tensors = [tensor.to(DEVICE) for tensor in memory.tensors]
+    prepared.run(slab, work, flags.to(DEVICE), tensors)
+    return work, slab, tensors
 
 
 def compare_steps(memory: Memory, *steps: object) -> None:

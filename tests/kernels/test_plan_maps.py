@@ -38,6 +38,7 @@ ACTIVATIONS = {
     Activation.gelu: nn.functional.gelu,
     Activation.leaky_relu: nn.functional.leaky_relu,
     Activation.elu: nn.functional.elu,
+    Activation.negative: lambda x: torch.where(x > 0, 0, x),
 }
 BATCHES = ((1, 1), (5, 2), (1, 3))
 """Images and chunks: more and fewer images than chunks."""
@@ -179,6 +180,31 @@ def test_reduce(count, channels, size, images, chunks):
         same(memory.read_sums(total, gradient.channels), wide.sum((0, 2, 3)), 1e-5)
 
 
+@pytest.mark.parametrize("ratio", [10.0, 100.0, 1000.0])
+@pytest.mark.parametrize(("channels", "size"), [(16, (20, 17)), (40, (9, 7)), (1040, (3, 3))])
+def test_sums_keep_the_digits_that_a_batch_norm_needs(ratio, channels, size):
+    """It subtracts the mean of a map, so many deviations from zero, from what is summed."""
+    memory = Memory(images=2, chunks=1)
+    gradient, target = memory.filled(channels, size), memory.map(channels, size)
+    maps = [memory.filled(channels, size) for _ in range(2)]
+    memory.view(gradient).add_(1)
+    for map in maps:
+        memory.view(map).add_(ratio)
+    total, moments = memory.summed(gradient.channels), memory.summed(2 * gradient.channels)
+    terms = tuple(Term(map, memory.summed(map.channels), NONE) for map in maps)
+    memory.run_steps(
+        Reduce(gradient, terms, total),
+        Unstage(gradient, maps[0], NONE, NONE, Activation.none, target, 0, moments),
+    )
+    wide = memory.view(gradient).double()
+    sums = [(total, term.coefficient, term.map) for term in terms]
+    for of_gradient, of_product, map in (*sums, (moments, moments + gradient.channels, maps[0])):
+        centred = wide * (memory.view(map).double() - ratio)
+        found = memory.read_sums(of_product, channels) - ratio * memory.read_sums(of_gradient, channels)
+        error = (found - centred[:, :channels].sum((0, 2, 3))).abs()
+        assert bool((error <= 1e-6 * centred[:, :channels].abs().sum((0, 2, 3))).all()), error.max()
+
+
 @pytest.mark.parametrize("activation", Activation)
 @pytest.mark.parametrize("adds", [0, 1])
 @pytest.mark.parametrize("size", SIZES)
@@ -234,7 +260,7 @@ def test_activations_at_the_ends(activation):
     inside = torch.isfinite(x) & (x.abs() < 1e4)
     wanted = memory.view(gradient).double() * slope
     torch.testing.assert_close(handed[inside], wanted[inside], rtol=2e-6, atol=1e-6)
-    clips = activation in (Activation.hardsigmoid, Activation.leaky_relu)
+    clips = activation in (Activation.hardsigmoid, Activation.leaky_relu, Activation.negative)
     assert handed[0, 0].isnan().all() == (not clips)
 
 

@@ -13,6 +13,7 @@ import torch
 
 from nascompile.kernels.plan import cuda
 from nascompile.kernels.plan.program import Phase
+from nascompile.kernels.plan.reference import ACTIVATIONS
 from nascompile.kernels.plan.steps import (
     NONE,
     Activation,
@@ -31,7 +32,7 @@ from nascompile.kernels.plan.steps import (
     Unstage,
 )
 from tests.kernels.plan_memory import Memory, empty, strides
-from tests.kernels.plan_triton import DEVICE, SEGMENTS, compare_steps, wide_lanes
+from tests.kernels.plan_triton import DEVICE, SEGMENTS, compare_steps, run_steps, wide_lanes
 from tests.kernels.test_plan_convolve import Case, Made
 
 __all__ = ["wide_lanes"]
@@ -80,6 +81,35 @@ def test_stage_and_back(activation, affine):
     )
     memory.view(source)[0, :, 0, 0] = 1.0
     compare_steps(memory, replace(unstage, moments=second, adds=0))
+
+
+ENDS = (0.0, 1e-30, 1e-9, 1e-4, 0.3, 0.4, 3.0, 6.0, 14.0, 88.5, 104.0, 1e4, 1e20, 3e37, torch.inf, torch.nan)
+
+
+# the interpreter computes in NumPy, which says what it meets
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+@pytest.mark.parametrize("activation", list(Activation))
+def test_activations_at_the_ends_of_the_numbers(activation):
+    memory = Memory(images=1)
+    source, gradient = memory.filled(32, (1, 1)), memory.filled(32, (1, 1))
+    forward, backward = memory.filled(32, (1, 1)), memory.filled(32, (1, 1))
+    values = torch.tensor([sign * value for value in ENDS for sign in (1.0, -1.0)])
+    memory.view(source).copy_(values.view(1, -1, 1, 1))
+    memory.view(gradient).fill_(1.0)
+    exact = values.double().requires_grad_()
+    expected = ACTIVATIONS[activation](exact)
+    (slope,) = torch.autograd.grad(expected.sum(), exact)
+    run_steps(
+        memory,
+        Combine((Term(source, NONE, NONE),), NONE, activation, forward, 0, NONE),
+        Unstage(gradient, source, NONE, NONE, activation, backward, 0, NONE),
+    )
+    known, near = ~values.isnan(), activation in (Activation.sigmoid, Activation.silu, Activation.gelu)
+    for place, right in ((forward, expected.detach()), (backward, slope)):
+        found = memory.view(place).flatten().double()
+        # at nan the kernels of torch for the two kinds of processors differ
+        tolerance = {"rtol": 2e-6, "atol": 4e-7 if near else 1e-36, "equal_nan": True}
+        assert torch.allclose(found[known], right[known], **tolerance)
 
 
 def test_mask():
