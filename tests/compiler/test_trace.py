@@ -190,6 +190,10 @@ def test_guards_hold_until_something_read_changes() -> None:
     assert not guards.hold()
     handle.remove()
     assert guards.hold()
+    model.op[0].__class__ = type("Other", (nn.Conv2d,), {})
+    assert not guards.hold()
+    model.op[0].__class__ = nn.Conv2d
+    assert guards.hold()
     model.op[0] = conv(1)
     assert not guards.hold()
 
