@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "../plan.h"
+#include "plan_inline.h"
 
 // distinct in every object file: two instruction sets must never share one compiled function
 namespace nascompile::CPU_CAPABILITY {
@@ -20,9 +21,6 @@ using Vec = at::vec::Vectorized<float>;
 constexpr int64_t kLine = 16;          // floats in a cache line: the channels that are gone over at once
 constexpr int64_t kTileFloats = 2048;  // of one map, so that a few maps' tiles stay in the first-level cache
 constexpr int64_t kSumPixels = 256;    // that fp32 sums go over before they are added in fp64
-
-// for what works on registers: a call would put them into memory
-#define NASCOMPILE_INLINE [[gnu::always_inline]] inline
 
 // N channels of one pixel.
 template <int N>

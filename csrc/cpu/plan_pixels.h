@@ -8,6 +8,7 @@
 
 #include "../plan.h"
 #include "../plan_ahead.h"
+#include "plan_inline.h"
 
 namespace nascompile::CPU_CAPABILITY {
 namespace {
@@ -19,10 +20,6 @@ constexpr bool kWide = true;  // 32 registers
 #else
 constexpr bool kWide = false;  // 16
 #endif
-// for what works on registers: a call would put them into memory
-#define NASCOMPILE_INLINE [[gnu::always_inline]] inline
-// for loops that need all registers: inside of a larger function they would share them
-#define NASCOMPILE_APART [[gnu::noinline]] inline
 
 // A tile (a block of rows that later work reads again) stays within the nearest cache: 16 KiB.
 constexpr int64_t kTileFloats = 4096;
