@@ -27,7 +27,7 @@ from nascompile.runtime.bench_compare import (
     quiet_dropout,
     values,
 )
-from nascompile.runtime.bench_memory import map_large_blocks
+from nascompile.runtime.bench_memory import give_back_memory
 from nascompile.runtime.bench_peers import PEERS, Decision, arranged, build_call
 from nascompile.runtime.bench_process import Process, WorkerRaised
 from nascompile.runtime.bench_subject import Call, Recipe, Subject
@@ -61,7 +61,6 @@ class ReferenceBench:
     def __init__(self, recipe: Recipe, kind: str, seed: int, threads: int | None, device: str) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
-        map_large_blocks()
         self.subject = recipe().to(torch.device(device))
         self.decision = Decision(self.subject.model, kind, seed=seed)
 
@@ -87,6 +86,8 @@ class ReferenceBench:
                     "can be compared"
                 )
         eager = _eager_values(subject, call, decision)
+        # fp64 takes twice as much
+        give_back_memory()
         exact = exact_values(subject, call, decision, with_inputs=True)
         torch.save({"is_random": random, "eager": eager, "exact": exact}, path)
 
