@@ -58,7 +58,7 @@ def forward_backward(function: Callable[..., Tensor], arguments: tuple[Any, ...]
     return lambda: torch.autograd.grad(function(*arguments), leaves, grad)
 
 
-def rows(*, compiled: bool) -> Iterator[dict[str, Any]]:
+def rows(*, compiled: bool) -> Iterator[list[dict[str, Any]]]:
     """One row per kernel, case and peer. `ratio` is the fastest other peer's median over this one's."""
     for kernel in ALL:
         names = [found.name for found in kernel.implementations if found.why_not(CPU) is None]
@@ -82,9 +82,8 @@ def rows(*, compiled: bool) -> Iterator[dict[str, Any]]:
             steps = {name: forward_backward(*peer) for name, peer in peers.items()}
             timings = time_on_cpu(steps, seconds=SECONDS)
             best_other = min(t.median for name, t in timings.items() if not name.startswith("nascompile"))
-            for name, timing in timings.items():
-                is_ours = name.startswith("nascompile")
-                yield {
+            yield [
+                {
                     "suite": "kernels",
                     "name": kernel.name,
                     "case": case,
@@ -95,3 +94,6 @@ def rows(*, compiled: bool) -> Iterator[dict[str, Any]]:
                     "ratio": best_other / timing.median if is_ours and not wrong else None,
                     "wrong": "; ".join(wrong) if is_ours else "",
                 }
+                for name, timing in timings.items()
+                for is_ours in [name.startswith("nascompile")]
+            ]

@@ -120,7 +120,7 @@ def difference(found: list[Tensor], plain: list[Tensor], exact: list[Tensor]) ->
     return ""
 
 
-def rows(*, compiled: bool) -> Iterator[dict[str, Any]]:
+def rows(*, compiled: bool) -> Iterator[list[dict[str, Any]]]:
     """One row per case and peer; `ratio` is the fastest other peer's median over ours."""
     for name, case, make, shape in cases():
         torch.manual_seed(0)
@@ -147,9 +147,8 @@ def rows(*, compiled: bool) -> Iterator[dict[str, Any]]:
         wrong = {peer: difference(run(), eager, expected) for peer, run in peers.items()}
         timings = time_on_cpu(dict(peers), seconds=SECONDS)
         best = min(timing.median for peer, timing in timings.items() if not peer.startswith("nascompile"))
-        for peer, timing in timings.items():
-            ours = peer.startswith("nascompile")
-            yield {
+        yield [
+            {
                 "suite": "linear choices",
                 "name": name,
                 "case": case,
@@ -160,3 +159,6 @@ def rows(*, compiled: bool) -> Iterator[dict[str, Any]]:
                 "ratio": best / timing.median if ours and not wrong[peer] else None,
                 "wrong": wrong[peer] if ours else "",
             }
+            for peer, timing in timings.items()
+            for ours in [peer.startswith("nascompile")]
+        ]

@@ -148,15 +148,15 @@ def wrong(name: str, found: list[float], expected: list[float]) -> str:
 
 def rows(
     *, compiled: bool, names: Sequence[str] | None = None, small: bool = False
-) -> Iterator[dict[str, Any]]:
-    """One row per space and peer; `ratio` is the time of the fastest other over that of `evaluate`.
+) -> Iterator[list[dict[str, Any]]]:
+    """The rows of each space, one per peer; `ratio` is the time of the fastest other over that of `evaluate`.
 
     The times of pruning, and of compiling the supernet, are not counted; those of tracing and planning inside
     `evaluate` are. torch.compile is no peer, whatever `compiled` says: compiling 64 networks takes longer
     than running them.
     """
     for name in SPACES if names is None else names:
-        yield from compare(name, SMALL if small else FULL)
+        yield list(compare(name, SMALL if small else FULL))
 
 
 def compare(name: str, size: Size) -> Iterator[dict[str, Any]]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -29,8 +28,8 @@ from benchmarks import kernels, lean, linear_choices, population, spaces
 from benchmarks.timing import keep_memory, machine
 
 RESULTS = Path(__file__).resolve().parent / "results"
-# every suite yields rows with the columns below; a new suite is one file and one line
-SUITES: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
+# every suite yields the rows of a case, as soon as it is measured, with the columns below; a new suite is one file and one line
+SUITES: dict[str, Callable[..., Iterator[list[dict[str, Any]]]]] = {
     "kernels": kernels.rows,
     "lean": lean.rows,
     "linear_choices": linear_choices.rows,
@@ -193,8 +192,8 @@ def main() -> int:
         path = options.out / f"{'gpu' if on_gpu else 'cpu'}{stem}"
         for suite in mine:
             found = SUITES[suite](compiled=not options.no_compile, **arguments.get(suite, {}))
-            for _, case in itertools.groupby(found, key=lambda row: (row["name"], row["case"])):
-                for row in list(case) if on_gpu else relative(list(case)):
+            for case in found:
+                for row in case if on_gpu else relative(case):
                     show(row)
                     rows.append(row)
                 # after every case: what has been measured is kept when the rest is interrupted

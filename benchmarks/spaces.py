@@ -151,8 +151,8 @@ def rows(
     device: str = "cpu",
     samples: int = SAMPLES,
     say: Callable[[str], object] = lambda line: None,
-) -> Iterator[dict[str, Any]]:
-    """One row per case and peer; `ratio` is the fastest other peer's median over ours."""
+) -> Iterator[list[dict[str, Any]]]:
+    """The rows of each case, one per peer; `ratio` is the fastest other peer's median over ours."""
     cases = SMALL if small else CASES
     for name in cases if names is None else names:
         case = cases[name]
@@ -167,7 +167,7 @@ def rows(
         report = bench(case.recipe, settings, say=lambda line, name=name: say(f"{name}: {line}"))
         runs = not any(row.failed for row in report.rows if row.is_ours)
         made = count_made(case.recipe, samples) if runs and samples and case.decision != "soft" else ""
-        yield from _rows(case, report, made)
+        yield list(_rows(case, report, made))
 
 
 def _rows(case: Case, report: Report, made: str) -> Iterator[dict[str, Any]]:
