@@ -28,7 +28,8 @@ from benchmarks import kernels, lean, linear_choices, population, spaces
 from benchmarks.timing import keep_memory, machine
 
 RESULTS = Path(__file__).resolve().parent / "results"
-# every suite yields the rows of a case, as soon as it is measured, with the columns below; a new suite is one file and one line
+# every suite yields the rows of a case as soon as it is measured, with the columns below; a new suite is one
+# file and one line
 SUITES: dict[str, Callable[..., Iterator[list[dict[str, Any]]]]] = {
     "kernels": kernels.rows,
     "lean": lean.rows,
