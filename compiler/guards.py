@@ -80,8 +80,11 @@ class Guards:
 
     def complete(self, model: nn.Module) -> None:
         """Record that no module of the model gains or loses children; the trace is over."""
-        modules = model.modules()
+        modules = list(model.modules())
         self._children = [(m, len(m._modules)) for m in modules if m._modules or _is_container(m)]
+        # a container that is replaced takes its children along
+        containers = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
+        self._places += [(held, name, child) for held, name, child in containers if child is not None]
         self._fast = self._make_fast()
 
     def also(self, check: Callable[[], bool]) -> None:
@@ -176,6 +179,7 @@ class ModuleSettings:
         self._modules = [held for _, held, _ in leaves]
         self._leaves = [module for module, _, _ in leaves]
         self._classes = list(map(type, self._leaves))
+        self._forwards = [(kind, kind.forward) for kind in set(self._classes)]
         tensors = [
             (held, name, value)
             for module in self._leaves
@@ -201,6 +205,8 @@ class ModuleSettings:
 
     def hold(self) -> bool:
         """Whether nothing has changed."""
+        if not _have_forwards(self._forwards):
+            return False
         if self._watch is not None and self._watch.holds():
             return True
         # made first: what changes meanwhile is seen the next time
@@ -240,6 +246,7 @@ class _Fast:
             (module.__dict__, "forward", module.__dict__.get("forward")) for module in modules
         )
         self._classes = [(module, type(module)) for module in modules]
+        self._forwards = [(kind, kind.forward) for kind in set(map(type, modules))]
         self._children = [module._modules for module, _ in children]
         self._lengths = [length for _, length in children]
         scalars, self._others = (
@@ -259,6 +266,8 @@ class _Fast:
 
     def holds(self) -> bool:
         """Whether nothing has changed."""
+        if not _have_forwards(self._forwards):
+            return False
         if self._watch is not None and self._watch.holds():
             return all(map(_is_as_before, self._others))
         # made first: what changes meanwhile is seen the next time
@@ -285,6 +294,11 @@ class _Fast:
         if any(type(module) is not kind for module, kind in self._classes):
             return False
         return not any(map(any, map(_HOOKS_OF, self._modules)))
+
+
+def _have_forwards(forwards: Iterable[tuple[type[nn.Module], Any]]) -> bool:
+    """Whether classes have the forward that they had."""
+    return all(kind.forward is forward for kind, forward in forwards)
 
 
 def _is_container(module: nn.Module) -> bool:

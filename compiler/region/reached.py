@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,18 +39,22 @@ class GradientMemory:
     def __init__(self, **options: Any) -> None:
         self._options = options
         self._flat: Tensor | None = None
+        self._lock = threading.Lock()
 
     def zeros(self, wanted: Reached, count: int, absent: Tensor) -> list[Tensor]:
         """Zeros for the `count` parameters that are reached, `absent` for the others."""
-        flat = self._flat
+        with self._lock:
+            # taken out: two threads must not find the same piece free
+            flat, self._flat = self._flat, None
         if flat is None or flat.numel() != wanted.floats or _is_held(flat):
-            flat = self._flat = torch.zeros(wanted.floats, **self._options)
+            flat = torch.zeros(wanted.floats, **self._options)
         else:
             flat.zero_()
         pieces = torch._C._nn.unflatten_dense_tensors(flat, wanted.like)  # type: ignore[attr-defined]
         found = [absent] * count
         for number, piece in zip(wanted.parameters, pieces, strict=True):
             found[number] = piece
+        self._flat = flat
         return found
 
 

@@ -184,14 +184,13 @@ class Region:
             grad and any(vector.requires_grad for vector in decisions.vectors.values()),
             *(executor.name, executor.chunks(tensors[0].shape[0]), executor.lane()),
         )
-        if key in self._executions:
-            execution = self._executions.pop(key)
+        # other threads do the same meanwhile
+        execution = self._executions.pop(key, None)
+        if execution is not None and (not isinstance(execution, Execution) or execution.suits(grad)):
             self._executions[key] = execution
-            if not isinstance(execution, Execution) or execution.suits(grad):
-                return execution
-            del self._executions[key]
+            return execution
         if len(self._executions) >= PLAN_LIMIT:
-            del self._executions[next(iter(self._executions))]
+            self._executions.pop(next(iter(self._executions)), None)
         try:
             execution = self._make(tensors, decisions, grad, executor)
         except Unsupported as reason:
@@ -291,6 +290,8 @@ def _why_not_now(device: str) -> str | None:
         return "a transformation of functions or a dispatch mode is active"
     if is_forward_differentiated():
         return "forward-mode differentiation is active"
+    if nn.modules.module._has_any_global_hook():
+        return "hooks of all modules are active"
     if torch._C._get_tracing_state() is not None or torch.compiler.is_compiling():
         return "the program is being traced"
     autograd: Any = torch._C._autograd  # type: ignore[attr-defined]
