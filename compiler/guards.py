@@ -83,8 +83,8 @@ class Guards:
         modules = list(model.modules())
         self._children = [(m, len(m._modules)) for m in modules if m._modules or _is_container(m)]
         # a container that is replaced takes its children along
-        containers = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
-        self._places += [(held, name, child) for held, name, child in containers if child is not None]
+        for held in [m._modules for m in modules if isinstance(m._modules, dict)]:
+            self._places += [(held, name, child) for name, child in held.items() if child is not None]
         self._fast = self._make_fast()
 
     def also(self, check: Callable[[], bool]) -> None:
