@@ -12,7 +12,7 @@ import numpy
 from torch import Tensor, nn
 
 from nascompile.compiler.snapshot import is_changeable, is_unchanged, put_back, snapshot
-from nascompile.compiler.watch import Watch
+from nascompile.compiler.watch import Glance
 
 _INTERNAL = frozenset(nn.Module().__dict__) - {"training"}
 _SMALL = 2**16  # bytes of an array that is compared by content; a larger one counts by identity
@@ -189,7 +189,7 @@ class ModuleSettings:
         self._absent = Entries((held, name, None) for held, name, value in tensors if value is None)
         self._present = Entries((held, name, None) for held, name, value in tensors if value is not None)
         self._own_forward = Entries((held, "forward", None) for held in self._modules)
-        self._watch: Watch | None = None
+        self._glance = Glance(self._hold, self._dicts, self._leaves)
 
     @contextmanager
     def as_they_were(self) -> Iterator[None]:
@@ -205,15 +205,7 @@ class ModuleSettings:
 
     def hold(self) -> bool:
         """Whether nothing has changed."""
-        if not _have_forwards(self._forwards):
-            return False
-        if self._watch is not None and self._watch.holds():
-            return True
-        # made first: what changes meanwhile is seen the next time
-        watch = Watch(self._dicts(), self._leaves)
-        holds = self._hold()
-        self._watch = watch if holds else None
-        return holds
+        return _have_forwards(self._forwards) and self._glance.holds()
 
     def _dicts(self) -> Iterator[dict[str, Any]]:
         for held in self._modules:
@@ -262,19 +254,13 @@ class _Fast:
         self._placed = Entries(places)
         self._modules = [module.__dict__ for module in modules]
         self._held = [held for held, _, _ in places]
-        self._watch: Watch | None = None
+        self._glance = Glance(self._hold, self._dicts, modules)
 
     def holds(self) -> bool:
         """Whether nothing has changed."""
-        if not _have_forwards(self._forwards):
+        if not _have_forwards(self._forwards) or not self._glance.holds():
             return False
-        if self._watch is not None and self._watch.holds():
-            return all(map(_is_as_before, self._others))
-        # made first: what changes meanwhile is seen the next time
-        watch = Watch(self._dicts(), (module for module, _ in self._classes))
-        holds = self._hold()
-        self._watch = watch if holds else None
-        return holds
+        return all(map(_is_as_before, self._others))
 
     def _dicts(self) -> Iterator[dict[str, Any]]:
         yield from (module.__dict__ for module, _, _, _ in self._scalars)
@@ -287,7 +273,7 @@ class _Fast:
         # a scalar that is another object may still be equal
         if not self._same.are_same() and not all(map(_is_as_before, self._scalars)):
             return False
-        if not all(map(_is_as_before, self._others)) or not self._placed.are_same():
+        if not self._placed.are_same():
             return False
         if list(map(len, self._children)) != self._lengths or not self._own_forward.are_same():
             return False

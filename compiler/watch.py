@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from nascompile.kernels import native
@@ -25,3 +25,29 @@ class Watch:
         """Whether nothing has changed, as far as can be told at a glance: False without the extension, from
         Python 3.13 on, which counts no changes, and for containers that are not dictionaries."""
         return self._watch is not None and self._watch.holds()
+
+
+class Glance:
+    """A check that depends on nothing but what a watch sees: while that is the same it is not repeated."""
+
+    def __init__(
+        self,
+        check: Callable[[], bool],
+        dicts: Callable[[], Iterable[dict[str, Any]]],
+        objects: Iterable[Any],
+    ) -> None:
+        self._check, self._dicts, self._objects = check, dicts, list(objects)
+        self._watch: Watch | None = None
+
+    def holds(self) -> bool:
+        """What the check says."""
+        if self._watch is not None and self._watch.holds():
+            return True
+        # most traces that do not fit fail here, and are not worth a watch
+        if not self._check():
+            return False
+        watch = Watch(self._dicts(), self._objects)
+        # again: something may have changed before the watch was there
+        holds = self._check()
+        self._watch = watch if holds else None
+        return holds

@@ -135,7 +135,7 @@ class Backward(MapGradients):
         if any(t.norm is not None for t in summed):
             sums[None] = self._new_sums(place.channels)
         flags = {t: self.flags.all_of([flag, t.flag]) for t in summed}
-        self._step(
+        self.tasks.step(
             "reduce",
             value,
             lambda _: Reduce(
@@ -163,7 +163,7 @@ class Backward(MapGradients):
         reads = [Summed(sums[term])]
         if total != NONE:
             reads.append(Summed(total))
-        self._barrier("decision gradient", term.value, make, reads, (), flag)
+        self.tasks.barrier("decision gradient", term.value, make, reads, (), flag)
 
     def _norm(self, value: Value, op: Norm) -> None:
         """dy = a*g + b*y + c for every gradient g of the normalisation's output."""
@@ -228,7 +228,7 @@ class Backward(MapGradients):
 
         written = [b for b in (*outs, shared, constant) if b is not None]
         sums = [Summed(at) for a in arrivals for at in (a.sum_g, a.sum_gy)]
-        self._barrier("normalise backward", value, make, sums, written, flag)
+        self.tasks.barrier("normalise backward", value, make, sums, written, flag)
 
     def _staged_norm(self, value: Value, y: Place) -> None:
         """The gradient of a normalisation that convolutions read: stored, and summed over the batch on the
@@ -325,7 +325,7 @@ class Backward(MapGradients):
             first = replace(make(maps), flag=full)
             return (first, replace(make(maps, (None, None)), flag=light)) if has_weights else (first,)
 
-        self._step(
+        self.tasks.step(
             "convolve backward",
             value,
             make if gather is None else make_both,

@@ -59,7 +59,7 @@ class MapGradients(Gradients):
             return
         number = self.tensor(("grad input", op.index))
         strides, segments = self.settings.strides(value.shape), value.layout.segments
-        self._step(
+        self.tasks.step(
             "store gradient of input",
             value,
             lambda _: Store(number, *strides, segments, place.map()),
@@ -69,7 +69,7 @@ class MapGradients(Gradients):
 
     def _mask(self, value: Value, place: Place, activation: Activation, flag: int) -> None:
         out = self.forward.place(value)
-        self._step(
+        self.tasks.step(
             "mask",
             value,
             lambda _: Mask(place.map(), out.map(), activation),
@@ -82,7 +82,7 @@ class MapGradients(Gradients):
         """The gradient of what an activation was applied to, in place of its output's."""
         (term,) = stored.terms
         source, vectors = self.forward.place(term.value), (term.coefficient, stored.constant)
-        self._step(
+        self.tasks.step(
             "unstage",
             value,
             lambda _: Unstage(
@@ -103,7 +103,7 @@ class MapGradients(Gradients):
         picked = runs_of(value)
 
         def create(target: Place) -> None:
-            self._step(
+            self.tasks.step(
                 "pick backward",
                 value,
                 lambda _: tuple(
@@ -125,7 +125,7 @@ class MapGradients(Gradients):
 
         def create(target: Place) -> None:
             written, read = windows_of(value, target, place)
-            self._step(
+            self.tasks.step(
                 "cut backward",
                 value,
                 lambda _: Combine(
@@ -156,7 +156,7 @@ class MapGradients(Gradients):
         """The gradient of one factor: the product's times the other, summed over pixels for a gate of one."""
 
         def create(target: Place) -> None:
-            self._step(
+            self.tasks.step(
                 "gate backward",
                 value,
                 lambda _: (
@@ -181,7 +181,7 @@ class MapGradients(Gradients):
         image = -(-y.height * y.width * y.channels // 4)
 
         def create(target: Place) -> None:
-            self._step(
+            self.tasks.step(
                 "pool backward",
                 value,
                 lambda maps: PoolBackward(

@@ -133,7 +133,7 @@ class Forward(MapTasks):
         place = self.place(value)
         moments, sums = self._new_moments(value, place)
         packed = [b for b in (one.depthwise_weights, one.weights) if b is not None]
-        self._step(
+        self.tasks.step(
             "convolve",
             value,
             lambda maps: make_convolve(one, maps["x"], place.map(), moments),
@@ -159,7 +159,7 @@ class Forward(MapTasks):
             self.optional(op.running_var) if op.updates or not op.by_batch else NONE,
             self.optional(op.counter) if op.updates and op.first == 0 else NONE,
         )
-        self._barrier(
+        self.tasks.barrier(
             "normalise",
             value,
             lambda: Normalise(
@@ -190,7 +190,7 @@ class Forward(MapTasks):
             self._coefficients(value, terms, constant, channels)
         moments, sums = self._new_moments(value, place)
         vectors = [t.coefficient for t in terms if t.coefficient is not None]
-        self._step(
+        self.tasks.step(
             "combine",
             value,
             lambda _: Combine(
@@ -249,7 +249,7 @@ class Forward(MapTasks):
             at = NONE if constant is None else constant.offset
             return Coefficients(tuple(weighted), decision, at, channels, flag=self.flag(value))
 
-        self._barrier(
+        self.tasks.barrier(
             "coefficients",
             value,
             make,

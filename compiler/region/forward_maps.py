@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any
 
-from nascompile.compiler.region.flags import ALWAYS
 from nascompile.compiler.region.ir import (
     Norm,
     Pad,
@@ -20,7 +19,7 @@ from nascompile.compiler.region.storage import (
     starts_of,
     windows_of,
 )
-from nascompile.compiler.region.tasks import Summed, Task
+from nascompile.compiler.region.tasks import Summed
 from nascompile.kernels.plan.steps import (
     NONE,
     Activation,
@@ -40,7 +39,7 @@ class MapTasks(Packing):
     def _load(self, value: Value, op: Source) -> None:
         place, number = self.place(value), self.tensor(("input", op.index))
         strides, segments = self.settings.strides(value.shape), value.layout.segments
-        self._step(
+        self.tasks.step(
             "load input",
             value,
             lambda _: Load(number, *strides, segments, place.map(), 0),
@@ -50,25 +49,12 @@ class MapTasks(Packing):
     def _store(self, index: int, value: Value) -> None:
         place, number = self.place(value), self.tensor(("output", index))
         strides, segments = self.settings.strides(value.shape), value.layout.segments
-        self._step(
+        self.tasks.step(
             "store output",
             value,
             lambda _: Store(number, *strides, segments, place.map()),
             reads=place.cells(),
         )
-
-    def _step(self, name: str, value: Value, make: Any, **more: Any) -> None:
-        task = Task(
-            name,
-            value,
-            make,
-            False,
-            more.pop("reads", ()),
-            more.pop("writes", ()),
-            more.pop("flag", ALWAYS),
-            **more,
-        )
-        self.tasks.add(task)
 
     def _new_moments(self, value: Value, place: Place) -> tuple[int, tuple[Hashable, ...]]:
         """Sums for the statistics of a map, where a normalisation of its reads them."""
@@ -86,7 +72,7 @@ class MapTasks(Packing):
         if op.is_max and self.settings.has_backward:
             index = self.indices[value] = Buffer(f"index {value.number}", self.settings.images * image, False)
             self.buffers.append(index)
-        self._step(
+        self.tasks.step(
             "pool",
             value,
             lambda _: Pool(
@@ -118,7 +104,7 @@ class MapTasks(Packing):
                 for number, (first, step, to, count) in enumerate(picked)
             )
 
-        self._step("pick", value, make, reads=x.cells(), writes=y.cells(), flag=flag)
+        self.tasks.step("pick", value, make, reads=x.cells(), writes=y.cells(), flag=flag)
 
     def _cut(self, value: Value) -> None:
         """Copy a crop, or an image into the middle of a larger one."""
@@ -132,13 +118,13 @@ class MapTasks(Packing):
             clear = Combine((), NONE, Activation.none, y.map(), 0, NONE, flag=flag)
             return (clear, copy) if isinstance(value.op, Pad) else (copy,)
 
-        self._step("cut", value, make, reads=x.cells(), writes=y.cells(), flag=flag)
+        self.tasks.step("cut", value, make, reads=x.cells(), writes=y.cells(), flag=flag)
 
     def _gate(self, value: Value) -> None:
         image, gate = (self.place(x) for x in value.inputs)
         place = self.place(value)
         moments, sums = self._new_moments(value, place)
-        self._step(
+        self.tasks.step(
             "gate",
             value,
             lambda _: GateStep(image.map(), gate.map(), place.map(), 0, moments),
@@ -152,7 +138,7 @@ class MapTasks(Packing):
         if source not in self.moments:
             place = self.place(source)
             at = self.moments[source] = self.new_sums(2 * place.channels)
-            self._step(
+            self.tasks.step(
                 "sum",
                 source,
                 lambda _: Combine(
@@ -170,7 +156,7 @@ class MapTasks(Packing):
             if self.parts.get(part) == (value, first):
                 continue
             source, target = self.place(part), whole.part(first, part.layout.padded)
-            self._step(
+            self.tasks.step(
                 "copy",
                 value,
                 lambda _, s=source, t=target: Combine(

@@ -26,7 +26,7 @@ from nascompile.compiler.region.ir import (
 from nascompile.compiler.region.memory import Buffer, Place
 from nascompile.compiler.region.packing import Rows, dense_packer
 from nascompile.compiler.region.storage import ConvOf, TermOf
-from nascompile.compiler.region.tasks import PACK, UNPACK, Summed, Task, TaskList
+from nascompile.compiler.region.tasks import PACK, UNPACK, Summed, TaskList
 from nascompile.kernels.plan.steps import (
     NONE,
     Activation,
@@ -158,23 +158,6 @@ class Gradients:
                 self._places[value] = self._new_place(value)
         return self._places[value]
 
-    def _step(self, name: str, value: Value, make: Any, **more: Any) -> None:
-        self.tasks.add(
-            Task(
-                name,
-                value,
-                make,
-                False,
-                more.pop("reads", ()),
-                more.pop("writes", ()),
-                more.pop("flag", ALWAYS),
-                **more,
-            )
-        )
-
-    def _barrier(self, name: str, value: Value, make: Any, reads: Any, writes: Any, flag: int) -> None:
-        self.tasks.add(Task(name, value, lambda _: make(), True, tuple(reads), tuple(writes), flag))
-
     # ---- the gradient of a map ----
 
     def _load(self, index: int, value: Value) -> None:
@@ -187,7 +170,7 @@ class Gradients:
         # backward does not run without any gradient
         is_alone = len(self.graph.outputs) == 1
         self._of[value].flags.append(ALWAYS if is_alone else self.flags.chosen(gradient_of_output(index)))
-        self._step(
+        self.tasks.step(
             "load gradient",
             value,
             lambda _: Load(number, *strides, segments, place.map(), adds),
@@ -218,7 +201,7 @@ class Gradients:
 
     def _sum_up(self, value: Value, gradient: Gradient, place: Place, flag: int, *, adds: bool) -> None:
         flows, constant = list(gradient.flows), gradient.constant
-        self._step(
+        self.tasks.step(
             "gradient",
             value,
             lambda _: Combine(terms(flows), offset(constant), Activation.none, place.map(), int(adds), NONE),
@@ -268,7 +251,7 @@ class Gradients:
             self._transposed[part.rows] = target
             make = dense_packer(part, self.tensor(part.weight), sizes, one.source, value)
             flag = self.forward.pack_flag(part.rows)
-            self._barrier(PACK, value, lambda: make(NONE, target.offset, flag), (), (target,), flag)
+            self.tasks.barrier(PACK, value, lambda: make(NONE, target.offset, flag), (), (target,), flag)
         return self._transposed[part.rows]
 
     def _reach(self, ref: Hashable, flag: int) -> None:
@@ -300,7 +283,7 @@ class Gradients:
             make = lambda: UnpackDense(  # noqa: E731
                 at.offset, count, read, written, inputs, outputs, number, flag=flag
             )
-        self._barrier(UNPACK, value, make, (Summed(at),), (), flag)
+        self.tasks.barrier(UNPACK, value, make, (Summed(at),), (), flag)
 
     def _slot(self, arrival: Arrival) -> int:
         weight = None if arrival.term is None else arrival.term.weight

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from nascompile.compiler.region.flags import ALWAYS, Flags
 from nascompile.compiler.region.ir import Conv, Graph, TensorRef, Value
@@ -11,7 +10,7 @@ from nascompile.compiler.region.layout import Segments
 from nascompile.compiler.region.memory import Buffer
 from nascompile.compiler.region.settings import Settings
 from nascompile.compiler.region.storage import Storage
-from nascompile.compiler.region.tasks import PACK, Task, TaskList
+from nascompile.compiler.region.tasks import PACK, TaskList
 from nascompile.kernels.plan.steps import NONE, PackDense, PackDepthwise
 
 Rows = tuple[TensorRef, int]
@@ -27,9 +26,6 @@ class Packing(Storage):
         self._packed: dict[Rows, Buffer] = {}
         self._packers: dict[Rows, list[Value]] = {}
 
-    def _barrier(self, name: str, value: Value, make: Any, reads: Any, writes: Any, flag: int) -> None:
-        self.tasks.add(Task(name, value, lambda _: make(), True, tuple(reads), tuple(writes), flag))
-
     def _pack_depthwise(self, op: Conv, channels: int, segments: Segments, value: Value) -> Buffer:
         count = op.kernel[0] * op.kernel[1]
         self._packers.setdefault(op.rows, []).append(value)
@@ -37,7 +33,7 @@ class Packing(Storage):
             return self._packed[op.rows]
         buffer, tensor = self.vector("depthwise weights", count * channels), self.tensor(op.weight)
         self._packed[op.rows] = buffer
-        self._barrier(
+        self.tasks.barrier(
             "pack depthwise",
             value,
             lambda: PackDepthwise(
@@ -57,7 +53,7 @@ class Packing(Storage):
         self.buffers.append(target)
         self._packed[op.rows] = target
         make = dense_packer(op, self.tensor(op.weight), (inputs, outputs), source, value)
-        self._barrier(
+        self.tasks.barrier(
             PACK,
             value,
             lambda: make(target.offset, NONE, self.pack_flag(op.rows)),

@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from nascompile.compiler.region.flags import ALWAYS
 from nascompile.compiler.region.ir import Value
 from nascompile.compiler.region.memory import Buffer, Place
 from nascompile.kernels.plan.steps import Activation, Map, Space
@@ -78,8 +79,31 @@ class TaskList:
 
     tasks: list[Task] = field(default_factory=list)
 
-    def add(self, task: Task) -> None:
-        self.tasks.append(task)
+    def step(
+        self,
+        name: str,
+        value: Value,
+        make: Any,
+        *,
+        reads: Sequence[Hashable] = (),
+        writes: Sequence[Hashable] = (),
+        flag: int = ALWAYS,
+        **more: Any,
+    ) -> None:
+        """Add a step; `more`: further fields of its task."""
+        self.tasks.append(Task(name, value, make, False, tuple(reads), tuple(writes), flag, **more))
+
+    def barrier(
+        self,
+        name: str,
+        value: Value,
+        make: Callable[[], Any],
+        reads: Sequence[Hashable],
+        writes: Sequence[Hashable],
+        flag: int,
+    ) -> None:
+        """Add a barrier operation."""
+        self.tasks.append(Task(name, value, lambda _: make(), True, tuple(reads), tuple(writes), flag))
 
     def dependencies(self) -> list[tuple[int, int]]:
         """(earlier, later) for all pairs that matter."""
