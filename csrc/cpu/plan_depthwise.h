@@ -43,7 +43,7 @@ inline void for_taps(const Window& window, Rows& rows, int64_t first, const Visi
 template <int kSize, int kStride, int kDilation, int kPixels, typename Visit>
 NASCOMPILE_INLINE void for_columns(const float* source, int64_t unit, const Visit& visit) {
   constexpr int kColumns = kStride * (kPixels - 1) + kDilation * (kSize - 1) + 1;
-#pragma GCC unroll 32
+#pragma GCC unroll 48
   for (int column = 0; column < kColumns; ++column) {
     const Vec value = Vec::loadu(source);
     source += unit;
@@ -57,20 +57,37 @@ NASCOMPILE_INLINE void for_columns(const float* source, int64_t unit, const Visi
   }
 }
 
-// 16 registers hold fewer pixels beside seven weights
+// Pixels of a block, in registers beside the taps of a row. Of sums the more the better: each waits for itself.
 template <int kSize>
-constexpr int kPixelsOf = kWide || kSize < 6 ? 8 : 4;
+constexpr int kMostValues = kWide || kSize < 6 ? 8 : 4;
+template <int kSize>
+constexpr int kMostSums = kWide ? 16 : kMostValues<kSize>;
 
-// `visit(source, target, count)` for blocks of neighbouring pixels; count is a constant.
-template <int kSize, typename Visit>
+// `visit(source, target, rows, columns)` for blocks of at most kMost neighbouring pixels of one row or, where rows are short,
+// of several; the numbers are constants.
+template <int kSize, int kMost, typename Visit>
 inline void for_blocks(const Rectangle& all, const Visit& visit) {
-  for (int64_t row = 0; row < all.rows; ++row) {
+  const auto go_over = [&](int64_t row, auto rows, auto most) {
     const float* const source = all.source + row * all.source_row;
     float* const target = all.target + row * all.target_row;
-    blocks<kPixelsOf<kSize>>(all.columns, [&](int64_t at, auto count) {
-      all.fetch_on(decltype(count)::value * kSize * kSize);
-      visit(source + at * all.source_pixel, target + at * all.target_pixel, count);
+    blocks<decltype(most)::value>(all.columns, [&](int64_t at, auto columns) {
+      all.fetch_on(decltype(rows)::value * decltype(columns)::value * kSize * kSize);
+      visit(source + at * all.source_pixel, target + at * all.target_pixel, rows, columns);
     });
+  };
+  int64_t row = 0;
+  if constexpr (kMost == 16) {
+    for (; all.columns < 8 && row + 4 <= all.rows; row += 4) {
+      go_over(row, std::integral_constant<int, 4>(), std::integral_constant<int, 4>());
+    }
+  }
+  if constexpr (kMost >= 8) {
+    for (; all.columns < kMost && row + 2 <= all.rows; row += 2) {
+      go_over(row, std::integral_constant<int, 2>(), std::integral_constant<int, kMost / 2>());
+    }
+  }
+  for (; row < all.rows; ++row) {
+    go_over(row, std::integral_constant<int, 1>(), std::integral_constant<int, kMost>());
   }
 }
 
@@ -83,6 +100,19 @@ struct Depthwise {
   bool adds, streams;
 };
 
+alignas(64) constexpr float kZeros[kLane] = {};
+
+// How far apart rows and pixels of a block are.
+struct Pitch {
+  int64_t row, pixel;
+
+  // from the first pixel to pixel p of a block with so many columns
+  template <int kColumns>
+  NASCOMPILE_INLINE int64_t to(int p) const {
+    return p / kColumns * row + p % kColumns * pixel;
+  }
+};
+
 // Where the results of one vector of channels go: to the target, and to the moments if there are any.
 struct Sink {
   const Moments& moments;
@@ -90,18 +120,21 @@ struct Sink {
   bool has_moments, streams;
   bool first = true;
 
-  template <int kPixels>
-  NASCOMPILE_INLINE void put(const Vec (&sums)[kPixels], float* target, int64_t target_pixel) {
-#pragma GCC unroll 8
-    for (int p = 0; p < kPixels; ++p) {
-#ifdef CPU_CAPABILITY_AVX512
-      if (streams) {
-        _mm512_stream_ps(target + p * target_pixel, sums[p]);
-        continue;
+  // vectors of some rows, one after another
+  template <int kRows, int kPixels>
+  NASCOMPILE_INLINE void put(const Vecs<kPixels>& sums, float* target, Pitch pitch) {
+    const auto put_all = [&](const auto& store) {
+#pragma GCC unroll 16
+      for (int p = 0; p < kPixels; ++p) {
+        store(target + pitch.to<kPixels / kRows>(p), sums[p]);
       }
+    };
+#ifdef CPU_CAPABILITY_AVX512
+    if (streams) {
+      put_all([](float* to, const Vec& value) { _mm512_stream_ps(to, value); });
+    } else
 #endif
-      sums[p].store(target + p * target_pixel);
-    }
+      put_all([](float* to, const Vec& value) { value.store(to); });
     if (has_moments) {
       moments.add(sums, channel, first);
       first = false;
@@ -109,29 +142,30 @@ struct Sink {
   }
 };
 
-// One vector of channels of kPixels neighbouring pixels.
-template <int kSize, int kStride, int kDilation, int kPixels>
+// One vector of channels of kRows times kColumns neighbouring pixels.
+template <int kSize, int kStride, int kDilation, int kRows, int kColumns>
 NASCOMPILE_INLINE void depthwise_block(
-    const Rows& rows, int64_t unit, bool adds, const float* source, float* target, int64_t target_pixel, Sink& sink) {
-  Vec sums[kPixels];
-#pragma GCC unroll 8
-  for (int p = 0; p < kPixels; ++p) {
-    sums[p] = adds ? Vec::loadu(target + p * target_pixel) : Vec(0.0f);
-  }
+    const Rows& rows, int64_t unit, bool adds, const float* source, int64_t source_row, float* target, Pitch pitch,
+    Sink& sink) {
+  constexpr int kPixels = kRows * kColumns;
+  // no branch: it would take the sums through memory
+  const float* const before = adds ? target : kZeros;
+  const Pitch steps = adds ? pitch : Pitch{0, 0};
+  auto sums = registers<kPixels>([=](int p) { return Vec::loadu(before + steps.to<kColumns>(p)); });
   const float* weights = rows.vectors;
   for (int64_t row = 0; row < rows.count; ++row) {
-    Vec weight[kSize];
-#pragma GCC unroll 7
-    for (int t = 0; t < kSize; ++t) {
-      weight[t] = Vec::loadu(weights + t * kLane);
-    }
+    const auto weight = load_each<kSize>(weights, kLane);
     weights += kSize * kLane;
-    for_columns<kSize, kStride, kDilation, kPixels>(
-        source + rows.offsets[row], unit, [&](const Vec& value, int tap, int pixel) {
-          sums[pixel] = at::vec::fmadd(weight[tap], value, sums[pixel]);
-        });
+    const float* from = source + rows.offsets[row];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      for_columns<kSize, kStride, kDilation, kColumns>(from, unit, [&](const Vec& value, int tap, int column) {
+        sums[r * kColumns + column] = at::vec::fmadd(weight[tap], value, sums[r * kColumns + column]);
+      });
+      from += source_row;
+    }
   }
-  sink.put(sums, target, target_pixel);
+  sink.put<kRows>(sums, target, pitch);
 }
 
 // `visit(source, target, count)` for blocks of at most kMost neighbouring pixels of all rows, in one function, so that
@@ -160,23 +194,15 @@ NASCOMPILE_INLINE void square_blocks(const Rectangle& all, const Visit& visit) {
 template <int kSize, int kStride, int kDilation, bool kAdds>
 NASCOMPILE_APART void square_depthwise(const Rectangle& all, int64_t unit, const Rows& rows, Sink& sink) {
   int64_t offsets[kSize];
-  Vec weights[kSize * kSize];
+  const auto weights = load_each<kSize * kSize>(rows.vectors, kLane);
 #pragma GCC unroll 5
   for (int row = 0; row < kSize; ++row) {
     offsets[row] = rows.offsets[row];
   }
-#pragma GCC unroll 25
-  for (int t = 0; t < kSize * kSize; ++t) {
-    weights[t] = Vec::loadu(rows.vectors + t * kLane);
-  }
   const int64_t target_pixel = all.target_pixel;
   square_blocks<kSize, 4>(all, [&](const float* source, float* target, auto count) {
     constexpr int kPixels = decltype(count)::value;
-    Vec sums[kPixels];
-#pragma GCC unroll 4
-    for (int p = 0; p < kPixels; ++p) {
-      sums[p] = kAdds ? Vec::loadu(target + p * target_pixel) : Vec(0.0f);
-    }
+    auto sums = kAdds ? load_each<kPixels>(target, target_pixel) : Vecs<kPixels>();
 #pragma GCC unroll 5
     for (int row = 0; row < kSize; ++row) {
       for_columns<kSize, kStride, kDilation, kPixels>(
@@ -184,16 +210,16 @@ NASCOMPILE_APART void square_depthwise(const Rectangle& all, int64_t unit, const
             sums[pixel] = at::vec::fmadd(weights[row * kSize + tap], value, sums[pixel]);
           });
     }
-    sink.put(sums, target, target_pixel);
+    sink.put<1>(sums, target, {0, target_pixel});
   });
 }
 
 // The same for all blocks.
 template <int kSize, int kStride, int kDilation>
 NASCOMPILE_APART void depthwise_blocks(const Rectangle& all, int64_t unit, bool adds, const Rows& rows, Sink& sink) {
-  for_blocks<kSize>(all, [&](const float* source, float* target, auto count) {
-    depthwise_block<kSize, kStride, kDilation, decltype(count)::value>(
-        rows, unit, adds, source, target, all.target_pixel, sink);
+  for_blocks<kSize, kMostSums<kSize>>(all, [&](const float* source, float* target, auto height, auto width) {
+    depthwise_block<kSize, kStride, kDilation, decltype(height)::value, decltype(width)::value>(
+        rows, unit, adds, source, all.source_row, target, {all.target_row, all.target_pixel}, sink);
   });
 }
 
@@ -236,26 +262,23 @@ inline void depthwise(const Depthwise& call, const Rectangle& all, const Moments
   moments.finish(all.pixels());
 }
 
-// sums[tap] += sum over kPixels pixels of source[tap.offset] * target, for one vector of channels; both maps are read.
-template <int kSize, int kStride, int kDilation, int kPixels>
+// sums[tap] += sum over kRows times kColumns pixels of source[tap.offset] * target, for one vector of channels; both maps
+// are read.
+template <int kSize, int kStride, int kDilation, int kRows, int kColumns>
 NASCOMPILE_INLINE void depthwise_gradient_block(
-    Rows& rows, int64_t unit, const float* source, const float* target, int64_t target_pixel) {
-  Vec values[kPixels];
-#pragma GCC unroll 8
-  for (int p = 0; p < kPixels; ++p) {
-    values[p] = Vec::loadu(target + p * target_pixel);
-  }
+    Rows& rows, int64_t unit, const float* source, int64_t source_row, const float* target, Pitch pitch) {
+  const auto values = registers<kRows * kColumns>([=](int p) { return Vec::loadu(target + pitch.to<kColumns>(p)); });
   float* vectors = rows.vectors;
   for (int64_t row = 0; row < rows.count; ++row) {
-    Vec sums[kSize];
-#pragma GCC unroll 7
-    for (int t = 0; t < kSize; ++t) {
-      sums[t] = Vec::loadu(vectors + t * kLane);
+    auto sums = load_each<kSize>(vectors, kLane);
+    const float* from = source + rows.offsets[row];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      for_columns<kSize, kStride, kDilation, kColumns>(from, unit, [&](const Vec& value, int tap, int column) {
+        sums[tap] = at::vec::fmadd(values[r * kColumns + column], value, sums[tap]);
+      });
+      from += source_row;
     }
-    for_columns<kSize, kStride, kDilation, kPixels>(
-        source + rows.offsets[row], unit, [&](const Vec& value, int tap, int pixel) {
-          sums[tap] = at::vec::fmadd(values[pixel], value, sums[tap]);
-        });
 #pragma GCC unroll 7
     for (int t = 0; t < kSize; ++t) {
       sums[t].store(vectors + t * kLane);
@@ -268,23 +291,15 @@ NASCOMPILE_INLINE void depthwise_gradient_block(
 template <int kSize, int kStride, int kDilation>
 NASCOMPILE_APART void square_gradient(const Rectangle& all, int64_t unit, Rows& rows) {
   int64_t offsets[kSize];
-  Vec sums[kSize * kSize];
+  auto sums = load_each<kSize * kSize>(rows.vectors, kLane);
 #pragma GCC unroll 5
   for (int row = 0; row < kSize; ++row) {
     offsets[row] = rows.offsets[row];
   }
-#pragma GCC unroll 25
-  for (int t = 0; t < kSize * kSize; ++t) {
-    sums[t] = Vec::loadu(rows.vectors + t * kLane);
-  }
   const int64_t target_pixel = all.target_pixel;
   square_blocks<kSize, 4>(all, [&](const float* source, const float* target, auto count) {
     constexpr int kPixels = decltype(count)::value;
-    Vec values[kPixels];
-#pragma GCC unroll 4
-    for (int p = 0; p < kPixels; ++p) {
-      values[p] = Vec::loadu(target + p * target_pixel);
-    }
+    const auto values = load_each<kPixels>(target, target_pixel);
 #pragma GCC unroll 5
     for (int row = 0; row < kSize; ++row) {
       for_columns<kSize, kStride, kDilation, kPixels>(
@@ -307,9 +322,9 @@ inline void gradient_rows(const Rectangle& all, int64_t unit, Rows& rows) {
       return square_gradient<kSize, kStride, kDilation>(all, unit, rows);
     }
   }
-  for_blocks<kSize>(all, [&](const float* source, float* target, auto count) {
-    depthwise_gradient_block<kSize, kStride, kDilation, decltype(count)::value>(
-        rows, unit, source, target, all.target_pixel);
+  for_blocks<kSize, kMostValues<kSize>>(all, [&](const float* source, float* target, auto height, auto width) {
+    depthwise_gradient_block<kSize, kStride, kDilation, decltype(height)::value, decltype(width)::value>(
+        rows, unit, source, all.source_row, target, {all.target_row, all.target_pixel});
   });
 }
 

@@ -72,7 +72,7 @@ struct Held {
   }
 
   template <int kPixels, typename Pixels>
-  NASCOMPILE_INLINE void multiply(const Dense& call, const Pixels& pixels, int64_t, Vec (&sums)[1][kPixels]) const {
+  NASCOMPILE_INLINE void multiply(const Dense& call, const Pixels& pixels, int64_t, Vecs<kPixels> (&sums)[1]) const {
     const int64_t offset = call.taps->offset;
 #pragma GCC unroll 16
     for (int i = 0; i < kIn; ++i) {
@@ -89,7 +89,7 @@ struct Held {
 struct Streamed {
   template <int kPixels, int kVecs, typename Pixels>
   NASCOMPILE_INLINE void multiply(
-      const Dense& call, const Pixels& pixels, int64_t channel, Vec (&sums)[kVecs][kPixels]) const {
+      const Dense& call, const Pixels& pixels, int64_t channel, Vecs<kPixels> (&sums)[kVecs]) const {
     const plan::Tap* const end = call.taps + call.count;
     for (const plan::Tap* tap = call.taps; tap != end; ++tap) {
       const float* weights = call.weights + tap->weight * call.in * call.out + channel;
@@ -126,7 +126,7 @@ template <int kPixels, int kVecs, typename Weights, typename Pixels>
 NASCOMPILE_INLINE void dense_block(
     const Dense& call, const Weights& weights, const Pixels& pixels, int64_t channel, const Moments& moments,
     bool first) {
-  Vec sums[kVecs][kPixels];
+  Vecs<kPixels> sums[kVecs];
 #pragma GCC unroll 16
   for (int p = 0; p < kPixels; ++p) {
 #pragma GCC unroll 3

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <type_traits>
+#include <utility>
 
 #include "../plan.h"
 #include "../plan_ahead.h"
@@ -20,6 +21,36 @@ constexpr bool kWide = true;  // 32 registers
 #else
 constexpr bool kWide = false;  // 16
 #endif
+
+// Vectors in registers. Built all at once: arrays of more than eight that begin as zeros would begin in memory.
+template <int kCount>
+struct Vecs {
+  Vec at[kCount];
+
+  Vec& operator[](int number) {
+    return at[number];
+  }
+  const Vec& operator[](int number) const {
+    return at[number];
+  }
+};
+
+template <typename Make, int... kNumbers>
+NASCOMPILE_INLINE Vecs<sizeof...(kNumbers)> make_each(const Make& make, std::integer_sequence<int, kNumbers...>) {
+  return {{make(kNumbers)...}};
+}
+
+// make(number) for every number
+template <int kCount, typename Make>
+NASCOMPILE_INLINE Vecs<kCount> registers(const Make& make) {
+  return make_each(make, std::make_integer_sequence<int, kCount>());
+}
+
+// The vectors that lie `step` floats apart.
+template <int kCount>
+NASCOMPILE_INLINE Vecs<kCount> load_each(const float* from, int64_t step) {
+  return registers<kCount>([=](int number) { return Vec::loadu(from + number * step); });
+}
 
 // A tile (a block of rows that later work reads again) stays within the nearest cache: 16 KiB.
 constexpr int64_t kTileFloats = 4096;
@@ -82,7 +113,7 @@ class Walk {
 
   template <int kPixels>
   void next(const float* (&source)[kPixels], float* volatile (&target)[kPixels]) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int p = 0; p < kPixels; ++p) {
       source[p] = source_;
       target[p] = target_;
@@ -109,6 +140,12 @@ inline void blocks(int64_t pixels, const Visit& visit) {
   for (; at + kMost <= pixels; at += kMost) {
     visit(at, std::integral_constant<int, kMost>());
   }
+  if constexpr (kMost > 8) {
+    if (at + 8 <= pixels) {
+      visit(at, std::integral_constant<int, 8>());
+      at += 8;
+    }
+  }
   if constexpr (kMost > 4) {
     if (at + 4 <= pixels) {
       visit(at, std::integral_constant<int, 4>());
@@ -133,12 +170,12 @@ class Moments {
 
   // Adds kPixels vectors of the channels from `channel` on; `first`: the tile's first block.
   template <int kPixels>
-  NASCOMPILE_INLINE void add(const Vec (&values)[kPixels], int64_t channel, bool first) const {
+  NASCOMPILE_INLINE void add(const Vecs<kPixels>& values, int64_t channel, bool first) const {
     float* const memory = memory_ + channel;
     const Vec shift = first ? mean(values) : Vec::loadu(memory);
     Vec sum(0.0f);
     Vec square(0.0f);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int p = 0; p < kPixels; ++p) {
       const Vec value = values[p] - shift;
       sum = sum + value;
@@ -175,9 +212,9 @@ class Moments {
  private:
   // of several, for one of them may be far from all others: the only one that a ReLU let through
   template <int kPixels>
-  NASCOMPILE_INLINE static Vec mean(const Vec (&values)[kPixels]) {
+  NASCOMPILE_INLINE static Vec mean(const Vecs<kPixels>& values) {
     Vec sum = values[0];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int p = 1; p < kPixels; ++p) {
       sum = sum + values[p];
     }
