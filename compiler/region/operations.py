@@ -173,7 +173,8 @@ def _activation(kind: Activation) -> Apply:
 
 
 def _prelu(graph: Graph, module: Any, x: Value, owner: Weight | None) -> Value:
-    """max(x, 0) + slope * min(x, 0), in the type that torch gives to the second."""
+    """max(x, 0) + slope * min(x, 0), nan in the second alone, whose gradient it has; in the type that torch
+    gives to the second."""
     if module.num_parameters not in (1, x.channels):
         raise Unsupported(f"a PReLU of {module.num_parameters} slopes gets {x.channels} channels")
     is_single = module.num_parameters == 1
@@ -185,7 +186,7 @@ def _prelu(graph: Graph, module: Any, x: Value, owner: Weight | None) -> Value:
     slope = TensorRef(module, "weight")
     op = Norm(slope, None, None, None, None, False, False, 0.0, 0.0, is_single=is_single)
     above, below = (
-        graph.add(Act(kind), (x,), x.shape, owner) for kind in (Activation.relu, Activation.negative)
+        graph.add(Act(kind), (x,), x.shape, owner) for kind in (Activation.positive, Activation.negative)
     )
     sloped = graph.add(op, (below,), x.shape, owner)
     plain = TermInfo(None, ())
