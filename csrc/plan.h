@@ -22,7 +22,8 @@ enum Activation : int64_t {
   kGelu,
   kLeakyRelu,
   kElu,
-  kNegative
+  kNegative,
+  kPositive
 };
 
 // `count` items of type T, one after another, at position `at` of the program.

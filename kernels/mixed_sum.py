@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nascompile.kernels import native
 from nascompile.kernels.registry import Implementation, Kernel, Sample, choose
-from nascompile.kernels.transforms import is_forward_differentiated, is_transformed
+from nascompile.kernels.transforms import is_batched, is_forward_differentiated, is_transformed
 from nascompile.kernels.triton_support import why_not_triton
 
 LIMIT = 16  # tensors per call of the operator; the kernels keep their pointers in registers
@@ -65,6 +65,10 @@ def reference_backward(
     return products, torch.stack([(grad.to(wide) * tensor.to(wide)).sum() for tensor in inputs])
 
 
+PLAIN = Implementation(name="plain", why_not=lambda device: None, forward=eager, backward=reference_backward)
+"""Of operations that torch itself differentiates, and knows how to batch."""
+
+
 # ----- operators
 
 
@@ -98,7 +102,8 @@ class _Forward(torch.autograd.Function):
             # what nobody asks for stays without a gradient, as in the plain expression
             return (None,) * len(ctx.needs_input_grad)
         _, needs_weights, *needs_input = ctx.needs_input_grad
-        products, dots = _run_backward(ctx.implementation, grad, inputs, weights, needs_input, needs_weights)
+        run = PLAIN if is_batched(grads) else ctx.implementation
+        products, dots = _run_backward(run, grad, inputs, weights, needs_input, needs_weights)
         return None, dots if needs_weights else None, *_spread(products, needs_input)
 
 
@@ -121,7 +126,7 @@ class _Backward(torch.autograd.Function):
         *_, needs_grad, needs_weights = ctx.needs_input_grad[:5]
         needs_inputs = ctx.needs_input_grad[5:]
         chosen = [k for k, needed in enumerate(ctx.needs_input) if needed]
-        run = ctx.implementation
+        run = PLAIN if is_batched(grads) else ctx.implementation
         d_grad, d_weights, d_inputs = None, None, [None] * len(inputs)
         if needs_grad:
             parts = []
@@ -145,7 +150,7 @@ class _Backward(torch.autograd.Function):
 
 
 def _run_forward(implementation: Implementation, inputs: Sequence[Tensor], weights: Tensor) -> Tensor:
-    if torch.is_grad_enabled() and (weights.requires_grad or any(tensor.requires_grad for tensor in inputs)):
+    if implementation is not PLAIN and _is_recorded((weights, *inputs)):
         return _Forward.apply(implementation, weights, *inputs)
     return implementation.forward(inputs, weights)
 
@@ -158,10 +163,14 @@ def _run_backward(
     needs_input: Sequence[bool],
     needs_weights: bool,
 ) -> tuple[list[Tensor], Tensor]:
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (grad, weights, *inputs)):
+    if implementation is not PLAIN and _is_recorded((grad, weights, *inputs)):
         dots, *products = _Backward.apply(implementation, needs_input, needs_weights, grad, weights, *inputs)
         return products, dots
     return implementation.backward(grad, inputs, weights, needs_input, needs_weights)
+
+
+def _is_recorded(tensors: Sequence[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _spread(found: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:

@@ -38,7 +38,8 @@ class DenseTensors:
     """The tensors that `refs` refer to, as the executor of a plan wants them. Call without gradients."""
 
     def __init__(self, graph: Graph, refs: Sequence[TensorRef], copies: Copies) -> None:
-        self._graph, self._refs, self._copies = graph, refs, copies
+        self._graph, self.refs, self._copies = graph, refs, copies
+        self._sizes = [ref.value.numel() for ref in refs]
         self._dicts, self._names = [ref.dictionary for ref in refs], [ref.name for ref in refs]
         self._own: list[Tensor | None] = [None] * len(refs)
         self._live: dict[frozenset[Weight], list[int]] = {}
@@ -69,6 +70,24 @@ class DenseTensors:
         _copy(list(filled.values()), sources)
         return found
 
+    def now(self, chosen: frozenset[Weight]) -> list[Tensor]:
+        """The tensors now, as the executor wants them."""
+        return self.of(self.values(), chosen)
+
+    def flat(self, dense: Sequence[Tensor], chosen: frozenset[Weight]) -> Tensor | None:
+        """Copies, in one piece, of what the decision needs of `dense`; None where it needs nothing."""
+        needed = self._needed(chosen)
+        return torch._C._nn.flatten_dense_tensors([dense[k] for k in needed]) if needed else None  # type: ignore[attr-defined]
+
+    def restored(self, flat: Tensor | None, chosen: frozenset[Weight]) -> list[Tensor]:
+        """The tensors, but what `flat` has copied as it was then."""
+        found = self.values()
+        if flat is not None:
+            needed = self._needed(chosen)
+            for k, piece in zip(needed, flat.split([self._sizes[k] for k in needed]), strict=True):
+                found[k] = piece
+        return found
+
     def write_back(
         self, values: Sequence[Tensor], copies: Sequence[Tensor], chosen: frozenset[Weight]
     ) -> None:
@@ -79,7 +98,7 @@ class DenseTensors:
     def _copy(self, k: int, value: Tensor) -> Tensor:
         copy = self._own[k]
         if copy is None:
-            copy = self._own[k] = self._copies.get(self._refs[k], value, self._graph.dtype)
+            copy = self._own[k] = self._copies.get(self.refs[k], value, self._graph.dtype)
         return copy
 
     def _needed(self, chosen: frozenset[Weight]) -> list[int]:
@@ -89,7 +108,7 @@ class DenseTensors:
                 self._live.clear()
             computed = (value for value in self._graph.values if is_computed(value, chosen))
             live = {ref for value in computed for ref in refs_of(value.op)}
-            found = self._live[chosen] = [k for k, ref in enumerate(self._refs) if ref in live]
+            found = self._live[chosen] = [k for k, ref in enumerate(self.refs) if ref in live]
         return found
 
 
@@ -112,6 +131,18 @@ def buffers_of(graph: Graph) -> list[TensorRef]:
             refs = (op.running_mean, op.running_var, op.counter)
             found.update(dict.fromkeys(ref for ref in refs if ref is not None))
     return list(found)
+
+
+def fixed_of(graph: Graph) -> list[TensorRef]:
+    """The running statistics that a region reads and leaves as they are, each once."""
+    refs = (
+        ref
+        for value in graph.values
+        if isinstance(value.op, Norm) and not value.op.by_batch
+        for ref in (value.op.running_mean, value.op.running_var)
+        if ref is not None
+    )
+    return list(dict.fromkeys(refs))
 
 
 def running_of(graph: Graph) -> list[TensorRef]:

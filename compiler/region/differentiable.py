@@ -1,4 +1,4 @@
-"""The gradients of a region as functions of everything, for a backward pass that is itself differentiated."""
+"""The gradients of a region by autograd, for a backward pass that is itself differentiated or vectorised."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nascompile.compiler.decision import Selection
 from nascompile.compiler.mutables import forced_mutator
-from nascompile.compiler.region.decisions import Decided
+from nascompile.compiler.region.decisions import Decided, Decisions
 from nascompile.compiler.region.ir import TensorRef
 
 
@@ -35,22 +35,25 @@ def differentiable(
     parameters: Sequence[Tensor],
     grads: Sequence[Tensor | None],
 ) -> list[Any]:
-    """The gradients as functions of everything, for `create_graph=True`: by autograd, through the region op
-    by op."""
-    execution = ctx.execution
-    selections = dict(ctx.decisions.selections)
-    for (key, is_mean), vector in zip(ctx.decisions.vectors, vectors, strict=True):
-        selection = selections[key]
-        # of two vectors of one key that for sums: it is the weights that the other one is made of
-        if selection.weights is not None and not (is_mean and (key, False) in ctx.decisions.vectors):
-            # a mean divides by the number chosen once more
-            factor = len(selection.indices) if is_mean else 1
-            selections[key] = Selection(selection.indices, vector * factor)
-    # copies of the running statistics, for the step has updated them already; the parameters and settings of
-    # the forward pass, for those of the modules may be others by now (functional_call, eval)
+    """The gradients that the backward pass goes on to, through the region op by op: functions of everything
+    for `create_graph=True`, batched where `grads` are."""
+    execution, is_differentiated = ctx.execution, torch.is_grad_enabled()
+    inputs = [*vectors, *tensors, *parameters]
+    asked = [is_asked_for(tensor) for tensor in inputs]
+    # copies of the running statistics, for the step has updated them already; all else as it was, for modules
+    # may have other parameters, statistics and settings by now (functional_call, eval)
     statistics = [(ref, ref.value.clone()) for ref in execution.buffers]
+    fixed = execution.fixed.restored(ctx.fixed, ctx.decisions.chosen)
+    statistics += [
+        (ref, piece.to(ref.value.dtype)) for ref, piece in zip(execution.fixed.refs, fixed, strict=True)
+    ]
     before = [*statistics, *zip(execution.parameters, parameters, strict=True)]
-    with _put_in_place(before), execution.settings.as_they_were(), forced_mutator(Decided(selections)):
+    with (
+        torch.enable_grad(),
+        _put_in_place(before),
+        execution.settings.as_they_were(),
+        forced_mutator(Decided(_selections(ctx.decisions, vectors))),
+    ):
         outputs = ctx.fallback(*tensors)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     pairs = [
@@ -59,17 +62,41 @@ def differentiable(
         # what is chosen may lead to nothing that wants a gradient
         if grad is not None and out.requires_grad
     ]
-    inputs = [*vectors, *tensors, *parameters]
-    wanted = [tensor for tensor in inputs if tensor.requires_grad]
-    if not pairs:
+    wanted = [tensor for tensor, is_wanted in zip(inputs, asked, strict=True) if is_wanted]
+    if not pairs or not wanted:
         return [None] * len(inputs)
     found = iter(
         torch.autograd.grad(
             [out for out, _ in pairs],
             wanted,
             [grad for _, grad in pairs],
-            create_graph=True,
+            create_graph=is_differentiated,
             allow_unused=True,
         )
     )
-    return [next(found) if tensor.requires_grad else None for tensor in inputs]
+    return [next(found) if is_wanted else None for is_wanted in asked]
+
+
+def _selections(decisions: Decisions, vectors: Sequence[Tensor]) -> dict[str, Selection]:
+    """The decisions, made of the weights that autograd knows."""
+    selections = dict(decisions.selections)
+    for (key, is_mean), vector in zip(decisions.vectors, vectors, strict=True):
+        selection = selections[key]
+        # of two vectors of one key that for sums: it is the weights that the other one is made of
+        if selection.weights is not None and not (is_mean and (key, False) in decisions.vectors):
+            # a mean divides by the number chosen once more
+            factor = len(selection.indices) if is_mean else 1
+            selections[key] = Selection(selection.indices, vector * factor)
+    return selections
+
+
+def is_asked_for(tensor: Tensor) -> bool:
+    """Whether the backward pass that is running goes on to this tensor; `autograd.grad` may name others."""
+    if not tensor.requires_grad:
+        return False
+    node = torch.autograd.graph.get_gradient_edge(tensor).node
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:
+        # torch answers so for a leaf that autograd.grad was asked for
+        return True

@@ -1,4 +1,4 @@
-"""Runs the plan of a region: memory, tensors, flags, and the one autograd function."""
+"""Runs the plan of a region: memory, tensors and flags."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ import mmap
 import operator
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nascompile.compiler.guards import ModuleSettings
-from nascompile.compiler.region.copies import Copies, DenseTensors, buffers_of, parameters_of, running_of
-from nascompile.compiler.region.decisions import Decisions
-from nascompile.compiler.region.differentiable import differentiable
-from nascompile.compiler.region.executors import NATIVE, Executor
-from nascompile.compiler.region.flags import (
-    NEVER,
-    WITH_PARAMETERS,
-    WITHOUT_PARAMETERS,
-    as_tensor,
-    gradient_of_output,
+from nascompile.compiler.region.copies import (
+    Copies,
+    DenseTensors,
+    buffers_of,
+    fixed_of,
+    parameters_of,
+    running_of,
 )
+from nascompile.compiler.region.executors import NATIVE, Executor
+from nascompile.compiler.region.flags import NEVER, WITH_PARAMETERS, as_tensor, gradient_of_output
 from nascompile.compiler.region.gradients import Wanted
 from nascompile.compiler.region.ir import Weight
+from nascompile.compiler.region.kept import Kept, kept
 from nascompile.compiler.region.plan import Direction, Plan
 from nascompile.compiler.region.profiling import active
 from nascompile.compiler.region.reached import GradientMemory, Reached, reached
@@ -91,6 +91,12 @@ class Lease:
         self.give_back()
 
 
+def slab_of(lease: Lease) -> Tensor:
+    """The memory of a lease that has not been given back."""
+    assert lease.slab is not None
+    return lease.slab
+
+
 def _allocate(floats: int, executor: Executor) -> Tensor:
     """Fresh memory: of a CPU in large pages where Linux grants them, for a plan goes over more memory than
     small ones can be remembered."""
@@ -132,16 +138,17 @@ class Execution:
         self._flags: dict[frozenset[Weight], tuple[Tensor, list[bool]]] = {}
         self.boundaries = Boundaries(plan.graph, [*self.parameters, *running_of(plan.graph)])
         sources = [("input", index) for index in range(len(plan.graph.sources))]
-        self._frozen = [ref for ref in running_of(plan.graph) if ref not in set(self.buffers)]
-        self.dense_parameters, self._dense_buffers, self._dense_frozen = (
-            DenseTensors(plan.graph, refs, memory.copies)
-            for refs in (self.parameters, self.buffers, self._frozen)
+        fixed = fixed_of(plan.graph)
+        self.dense_parameters, self._dense_buffers, self.fixed = (
+            DenseTensors(plan.graph, refs, memory.copies) for refs in (self.parameters, self.buffers, fixed)
         )
-        common = [*sources, *self.parameters, *self.buffers, *self._frozen, "decision"]
+        self._counters = [k for k, ref in enumerate(self.buffers) if ref.name == "num_batches_tracked"]
+        common = [*sources, *self.parameters, *self.buffers, *fixed, "decision"]
         outputs = range(len(plan.graph.outputs))
         self._forward = _places([*common, *(("output", index) for index in outputs)], plan.forward)
         self._gradients = GradientMemory(**self.options)
         self._reached_by: dict[frozenset[Weight], Reached] = {}
+        self._kept: dict[frozenset[Weight], Kept] = {}
         if plan.backward is not None:
             asked = [("grad", ref) for ref in self.parameters] + [("grad input", i) for _, i in sources]
             names = [*common, *(("grad output", index) for index in outputs), *asked, "grad decision"]
@@ -173,27 +180,27 @@ class Execution:
         return found
 
     def forward(
-        self, slab: Tensor, chosen: frozenset[Weight], known: Sequence[Tensor], *, updates: bool = True
+        self,
+        slab: Tensor,
+        chosen: frozenset[Weight],
+        known: Sequence[Tensor],
+        fixed: Sequence[Tensor],
+        *,
+        updates: bool = True,
     ) -> list[Tensor]:
-        """Run the forward program on inputs, parameters and decision; without `updates` on copies of the
-        running statistics."""
+        """Run the forward program on inputs, parameters and decision, and the running statistics that it
+        leaves as they are; without `updates` on copies of the others."""
         outputs = [self._new_like(value.shape) for value in self.plan.graph.outputs]
         values = self._dense_buffers.values()
         buffers = self._dense_buffers.of(values, chosen)
         buffers = buffers if updates else [buffer.clone() for buffer in buffers]
-        tensors = [*self._common(known, buffers, chosen), *outputs]
+        tensors = [*known[:-1], *buffers, *fixed, known[-1], *outputs]
         self._run(self.plan.forward, self._forward, slab, chosen, tensors)
         if updates and self.buffers:
             self._dense_buffers.write_back(values, buffers, chosen)
-            # the executor wrote to them behind autograd's back
-            torch.autograd.graph.increment_version(values)
+            # as torch: the counters get a new version, the statistics that a BatchNorm writes to do not
+            torch.autograd.graph.increment_version([values[k] for k in self._counters])
         return outputs
-
-    def _common(
-        self, known: Sequence[Tensor], buffers: Sequence[Tensor], chosen: frozenset[Weight]
-    ) -> list[Tensor]:
-        frozen = self._dense_frozen.of(self._dense_frozen.values(), chosen)
-        return [*known[:-1], *buffers, *frozen, known[-1]]
 
     def _new_like(self, shape: tuple[int, ...]) -> Tensor:
         size = (self.plan.settings.images, *shape)
@@ -230,9 +237,9 @@ class Execution:
             for value, there in zip(self.plan.graph.sources, wanted.inputs, strict=True)
         ]
         decision = torch.zeros(len(self.plan.settings.slots), **self.options)
-        # no step of a backward program reads the running statistics of this list
-        buffers = self._dense_buffers.values()
-        tensors = [*self._common(known, buffers, chosen), *dense, *weights, *inputs, decision]
+        # no step of a backward program reads running statistics
+        running = [empty] * (len(self.buffers) + len(self.fixed.refs))
+        tensors = [*known[:-1], *running, known[-1], *dense, *weights, *inputs, decision]
         self._run(direction, self._backward, slab, chosen, tensors)
         asks = self.wanted is not None and self.wanted.decision
         found = [None if gradient is empty else gradient for gradient in (*inputs, *weights)]
@@ -254,6 +261,21 @@ class Execution:
             self._reached_by[chosen] = found
         return found
 
+    def kept(self, chosen: frozenset[Weight]) -> Kept:
+        """The parameters that a backward pass under a decision depends on."""
+        found = self._kept.get(chosen)
+        if found is None:
+            if len(self._kept) >= FLAG_LIMIT:
+                self._kept.clear()
+            asks = self.wanted is not None and self.wanted.parameters
+            outputs = map(gradient_of_output, range(len(self.plan.graph.outputs)))
+            values = self.flags(chosen.union((WITH_PARAMETERS, *outputs)))[1]
+            found = self._kept[chosen] = kept(
+                *(self.plan.graph, self.parameters, chosen),
+                lambda ref: not asks or self.is_reached(ref, values),
+            )
+        return found
+
     def is_reached(self, what: Any, values: Sequence[bool]) -> bool:
         """Whether there is a gradient of a parameter, an input or a decision under flags of these values."""
         flag = self.plan.reached.get(what, NEVER)
@@ -270,7 +292,7 @@ class Execution:
         taken = [tensors[place] for place in places]
         flags = self.flags(chosen)[0]
         work = self._memory.lease(self._work, self.executor)
-        arguments = (direction.program, direction.encoded, slab, _slab(work), flags, taken)
+        arguments = (direction.program, direction.encoded, slab, slab_of(work), flags, taken)
         profile = active()
         if profile is not None and self.executor is NATIVE:
             name = "forward" if direction is self.plan.forward else "backward"
@@ -283,110 +305,3 @@ class Execution:
 def _places(names: Sequence[Any], direction: Direction) -> list[int]:
     numbers = {name: number for number, name in enumerate(names)}
     return [numbers[what] for what in direction.tensors]
-
-
-def call(
-    execution: Execution, decisions: Decisions, tensors: Sequence[Tensor], fallback: Callable[..., Any]
-) -> tuple[Tensor, ...]:
-    """The outputs of a region, with gradients where autograd wants them."""
-    vectors = list(decisions.vectors.values())
-    parameters = execution.dense_parameters.values()
-    if execution.wanted is not None:
-        return RunPlan.apply(execution, decisions, fallback, *vectors, *tensors, *parameters)
-    lease = execution.lease()
-    with torch.no_grad():
-        known = _known(execution, decisions.chosen, vectors, tensors, parameters)
-        outputs = execution.forward(_slab(lease), decisions.chosen, known)
-    lease.give_back()
-    return tuple(outputs)
-
-
-def _known(execution: Execution, chosen: frozenset[Weight], *parts: Sequence[Tensor]) -> list[Tensor]:
-    """Decision, inputs and parameters as the executor wants them in memory, the decision last."""
-    vectors, tensors, parameters = parts
-    decision = torch.cat(list(vectors)) if vectors else torch.empty(0, **execution.options)
-    inputs = [tensor.contiguous(memory_format=execution.memory_format) for tensor in tensors]
-    return [*inputs, *execution.dense_parameters.of(parameters, chosen), decision]
-
-
-def _slab(lease: Lease) -> Tensor:
-    assert lease.slab is not None
-    return lease.slab
-
-
-class RunPlan(torch.autograd.Function):
-    """The region as one operation of autograd. A second backward, and one that is itself differentiated,
-    recompute."""
-
-    @staticmethod
-    def forward(ctx: Any, execution: Execution, decisions: Decisions, fallback: Any, *args: Tensor) -> Any:
-        ctx.set_materialize_grads(False)
-        ctx.execution, ctx.decisions, ctx.fallback = execution, decisions, fallback
-        ctx.ends = (len(decisions.vectors), len(args) - len(execution.parameters))
-        ctx.lease = execution.lease()
-        known = _known(execution, decisions.chosen, *_parts(ctx, args))
-        outputs = execution.forward(_slab(ctx.lease), decisions.chosen, known)
-        ctx.save_for_backward(*args)
-        ctx.mark_non_differentiable(*(outputs[index] for index in execution.constant))
-        return tuple(outputs)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        args = ctx.saved_tensors
-        if all(grad is None for grad in grads):
-            return (None,) * (3 + len(args))
-        vectors, tensors, parameters = _parts(ctx, args)
-        execution, chosen = ctx.execution, ctx.decisions.chosen
-        if torch.is_grad_enabled():
-            return (None, None, None, *differentiable(ctx, vectors, tensors, parameters, grads))
-        known = _known(execution, chosen, vectors, tensors, parameters)
-        if ctx.lease.slab is None:
-            # the first backward has used the memory up
-            ctx.lease = execution.lease()
-            execution.forward(_slab(ctx.lease), chosen, known, updates=False)
-        chosen |= asked_for(parameters, grads)
-        decision, *found = execution.backward(_slab(ctx.lease), chosen, known, grads)
-        ctx.lease.give_back()
-        found = [*_by_key(execution, ctx.decisions, chosen, decision), *found]
-        needed = ctx.needs_input_grad[3:]
-        # autograd casts to the types of the parameters
-        return (None, None, None, *(g if needs else None for g, needs in zip(found, needed, strict=True)))
-
-
-def _parts(ctx: Any, args: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
-    """The decision's vectors, the inputs and the parameters."""
-    first, second = ctx.ends
-    return args[:first], args[first:second], args[second:]
-
-
-def asked_for(parameters: Sequence[Tensor], grads: Sequence[Tensor | None]) -> frozenset[Weight]:
-    """What the backward pass that is running chooses, by the gradients it goes on to and those it has."""
-    wants = any(_is_asked_for(parameter) for parameter in parameters)
-    given = (gradient_of_output(index) for index, grad in enumerate(grads) if grad is not None)
-    return frozenset((WITH_PARAMETERS if wants else WITHOUT_PARAMETERS, *given))
-
-
-def _by_key(
-    execution: Execution, decisions: Decisions, chosen: frozenset[Weight], gradient: Tensor | None
-) -> list[Tensor | None]:
-    """The decision's gradient, one piece for each vector; None where no candidate of it is reached."""
-    if gradient is None:
-        return [None] * len(decisions.vectors)
-    values = execution.flags(chosen)[1]
-    pieces = gradient.split([vector.numel() for vector in decisions.vectors.values()])
-    return [
-        piece if execution.is_reached(("decision", *key), values) else None
-        for key, piece in zip(decisions.vectors, pieces, strict=True)
-    ]
-
-
-def _is_asked_for(parameter: Tensor) -> bool:
-    """Whether the backward pass that is running goes on to this tensor; `autograd.grad` may name others."""
-    if not parameter.requires_grad:
-        return False
-    node = torch.autograd.graph.get_gradient_edge(parameter).node
-    try:
-        return torch._C._will_engine_execute_node(node)
-    except RuntimeError:
-        # torch answers so for a leaf that autograd.grad was asked for
-        return True

@@ -148,9 +148,16 @@ def _norm(graph: Graph, module: Any, x: Value, owner: Weight | None) -> Value:
     for ref in refs[:4]:
         if ref is not None:
             require_type(graph, ref.value)
-    by_batch = module.training or module.running_mean is None
-    updates = module.training and module.track_running_stats and module.running_mean is not None
-    momentum = -1.0 if module.momentum is None else float(module.momentum)
+    *_, mean, variance, counter = refs
+    if (mean is None) != (variance is None):
+        raise Unsupported("a BatchNorm has one running statistic without the other")
+    by_batch = module.training or mean is None
+    updates = module.training and module.track_running_stats
+    if updates and mean is None and counter is not None:
+        raise Unsupported("a BatchNorm counts batches and has no running statistics")
+    updates = updates and mean is not None
+    # an average over all batches so far stands still without their number
+    momentum = (-1.0 if counter is not None else 0.0) if module.momentum is None else float(module.momentum)
     op = Norm(*refs, by_batch, updates, module.eps, momentum)  # type: ignore[arg-type]
     if momentum < 0 and updates:
         # the parts of a norm with a cumulative average would each need the counter
@@ -166,7 +173,8 @@ def _activation(kind: Activation) -> Apply:
 
 
 def _prelu(graph: Graph, module: Any, x: Value, owner: Weight | None) -> Value:
-    """max(x, 0) + slope * min(x, 0), in the type that torch gives to the second."""
+    """max(x, 0) + slope * min(x, 0), nan in the second alone, whose gradient it has; in the type that torch
+    gives to the second."""
     if module.num_parameters not in (1, x.channels):
         raise Unsupported(f"a PReLU of {module.num_parameters} slopes gets {x.channels} channels")
     is_single = module.num_parameters == 1
@@ -178,7 +186,7 @@ def _prelu(graph: Graph, module: Any, x: Value, owner: Weight | None) -> Value:
     slope = TensorRef(module, "weight")
     op = Norm(slope, None, None, None, None, False, False, 0.0, 0.0, is_single=is_single)
     above, below = (
-        graph.add(Act(kind), (x,), x.shape, owner) for kind in (Activation.relu, Activation.negative)
+        graph.add(Act(kind), (x,), x.shape, owner) for kind in (Activation.positive, Activation.negative)
     )
     sloped = graph.add(op, (below,), x.shape, owner)
     plain = TermInfo(None, ())

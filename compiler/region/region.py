@@ -13,9 +13,10 @@ from torch import Tensor, fx, nn
 from nascompile.compiler.candidates import Candidate, called_module
 from nascompile.compiler.guards import ModuleSettings
 from nascompile.compiler.lower import LoweredChoice
+from nascompile.compiler.region.autograd import call
 from nascompile.compiler.region.copies import parameters_of
 from nascompile.compiler.region.decisions import Decisions, choice_length, read_decisions
-from nascompile.compiler.region.execution import Execution, Memory, call
+from nascompile.compiler.region.execution import Execution, Memory
 from nascompile.compiler.region.executors import EXECUTORS, Executor
 from nascompile.compiler.region.gradients import Wanted
 from nascompile.compiler.region.ir import Unsupported, Weight

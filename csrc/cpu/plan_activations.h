@@ -77,7 +77,7 @@ struct Normal {
   }
 };
 
-// nan stays nan, as in torch
+// nan stays nan, as in torch; but what lies above zero it is not
 template <int64_t A>
 NASCOMPILE_INLINE Vec activate_one(const Vec& x) {
   if constexpr (A == plan::kRelu) {
@@ -100,6 +100,8 @@ NASCOMPILE_INLINE Vec activate_one(const Vec& x) {
     return Vec::blendv(exponential_minus_one(x), x, x > Vec(0.0f));
   } else if constexpr (A == plan::kNegative) {
     return Vec::blendv(x, Vec(0.0f), x > Vec(0.0f));
+  } else if constexpr (A == plan::kPositive) {
+    return (x > Vec(0.0f)) & x;
   } else {
     return x;
   }
@@ -132,6 +134,8 @@ NASCOMPILE_INLINE Vec hand_back_one(const Vec& g, const Vec& x) {
     return Vec::blendv(g * exponential(x), g, x > Vec(0.0f));
   } else if constexpr (A == plan::kNegative) {
     return Vec::blendv(g, Vec(0.0f), x > Vec(0.0f));
+  } else if constexpr (A == plan::kPositive) {
+    return (x > Vec(0.0f)) & g;
   } else {
     return g;
   }
@@ -159,7 +163,8 @@ void switch_among(int64_t activation, const Visit& visit) {
 template <typename Visit>
 void switch_activation(int64_t activation, const Visit& visit) {
   using namespace plan;
-  switch_among<kRelu, kRelu6, kHardswish, kHardsigmoid, kSilu, kSigmoid, kGelu, kLeakyRelu, kElu, kNegative>(
+  switch_among<
+      kRelu, kRelu6, kHardswish, kHardsigmoid, kSilu, kSigmoid, kGelu, kLeakyRelu, kElu, kNegative, kPositive>(
       activation, visit);
 }
 

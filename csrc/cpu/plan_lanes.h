@@ -117,7 +117,11 @@ NASCOMPILE_INLINE void add_moments(
   }
 }
 
-// The range of a row's first pixels: its middle, near all others, is what products are summed about.
+// Differences from what is larger may have no place in fp32.
+constexpr float kFarthest = 1e30f;
+
+// The range of a row's first pixels: its middle, near all others, is what products are summed about; zero where it is
+// nan, infinite or too large.
 template <int N>
 struct Range {
   Channels<N> middle, width;
@@ -130,7 +134,12 @@ struct Range {
       low = each([](const Vec& a, const Vec& b) { return at::vec::minimum(a, b); }, low, value);
       high = each([](const Vec& a, const Vec& b) { return at::vec::maximum(a, b); }, high, value);
     }
-    middle = multiply(add(low, high), Channels<N>(0.5f));
+    middle = each(
+        [](const Vec& a, const Vec& b) {
+          const Vec half = (a + b) * Vec(0.5f);
+          return (half.abs() < Vec(kFarthest)) & half;
+        },
+        low, high);
     width = subtract(high, low);
   }
 

@@ -102,6 +102,7 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     Activation.leaky_relu: functional.leaky_relu,
     Activation.elu: functional.elu,
     Activation.negative: lambda value: torch.where(value > 0, 0, value),
+    Activation.positive: lambda value: torch.where(value > 0, value, 0),
 }
 
 

@@ -47,6 +47,8 @@ class Activation(IntEnum):
     elu = 9
     negative = 10
     """min(x, 0): the part below zero of one whose slope there is a parameter."""
+    positive = 11
+    """The part above, to which nan does not belong."""
 
 
 MASKS = frozenset((Activation.relu, Activation.relu6))

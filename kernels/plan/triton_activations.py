@@ -17,6 +17,7 @@ GELU = tl.constexpr(int(Activation.gelu))
 LEAKY_RELU = tl.constexpr(int(Activation.leaky_relu))
 ELU = tl.constexpr(int(Activation.elu))
 NEGATIVE = tl.constexpr(int(Activation.negative))
+POSITIVE = tl.constexpr(int(Activation.positive))
 
 
 @triton.jit
@@ -49,7 +50,7 @@ def below(value):
 
 @triton.jit
 def activate(value, activation):
-    """The activation of the value; nan stays nan."""
+    """The activation of the value; nan stays nan, but has no positive part."""
     if activation == RELU:
         value = tl.where(value <= 0, 0.0, value)
     elif activation == RELU6:
@@ -70,6 +71,8 @@ def activate(value, activation):
         value = tl.where(value > 0, value, exponential_minus_one(value))
     elif activation == NEGATIVE:
         value = tl.where(value > 0, 0.0, value)
+    elif activation == POSITIVE:
+        value = tl.where(value > 0, value, 0.0)
     return value
 
 
@@ -105,4 +108,6 @@ def hand_back(gradient, value, activation):
         gradient = tl.where(value > 0, gradient, gradient * tl.exp(value))
     elif activation == NEGATIVE:
         gradient = tl.where(value > 0, 0.0, gradient)
+    elif activation == POSITIVE:
+        gradient = tl.where(value > 0, gradient, 0.0)
     return gradient

@@ -146,6 +146,55 @@ def test_a_change_is_noticed(change: Callable[[Any], None]) -> None:
     pair.assert_same_steps()
 
 
+def _no_statistics(model: Any) -> None:
+    model.op[0].bn.running_mean = model.op[0].bn.running_var = None
+
+
+def _no_counter(model: Any) -> None:
+    model.op[0].bn.num_batches_tracked = None
+
+
+def _average_without_counter(model: Any) -> None:
+    model.op[0].bn.momentum = model.op[0].bn.num_batches_tracked = None
+
+
+def _nothing_tracked(model: Any) -> None:
+    _no_statistics(model)
+    _no_counter(model)
+    model.op[0].bn.track_running_stats = False
+
+
+NORMS = (_no_statistics, _no_counter, _average_without_counter, _untracked, _nothing_tracked)
+
+
+@pytest.mark.parametrize("change", NORMS, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("early", [True, False])
+def test_norms_without_all_buffers(change: Callable[[Any], None], training: bool, early: bool) -> None:
+    pair = Pair(change if early else None)
+    pair.change(lambda model: model.train(training))
+    pair.assert_same_steps()
+    if not early:
+        pair.change(change)
+        pair.assert_same_steps()
+    assert pair.plans or "counts batches and has no running statistics" in pair.notes
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_norm_with_one_statistic_fails_as_in_eager_mode(name: str, training: bool) -> None:
+    def act(model: Any, masks: Any) -> tuple[Any, str]:
+        setattr(model.op[0].bn, name, None)
+        with pytest.raises((ValueError, RuntimeError)) as error:
+            model(*images(NET, torch.float64))
+        return error.type, str(error.value)
+
+    pair = Pair(lambda model: model.train(training))
+    pair.assert_same_steps()
+    expected, actual = pair.each(act)
+    assert actual == expected
+
+
 HOOKED = ("op", "op.0", "op.0.conv", "op.1.op.2", "stem.1", "end.0", "end", "")
 
 

@@ -29,6 +29,7 @@ ACTIVATIONS: tuple[Callable[[], nn.Module], ...] = (
     nn.GELU,
     nn.LeakyReLU,
     nn.ELU,
+    nn.PReLU,
 )
 SPECIAL = (math.inf, math.nan, 0.0, 1e-45, 1e-40, 1e-30, 1e-9, 1e-4, 0.5, 1.0, 3.0, 5.5, 6.0, 9.0, 14.0)
 LARGE = (87.0, 88.2, 88.5, 89.0, 104.0, 1e4, 1e19, 1e20, 3e37)
@@ -91,3 +92,54 @@ def test_activations_at_the_ends_of_the_numbers(
         for value, mine, theirs in zip(VALUES, one.tolist(), right.tolist(), strict=True):
             close = math.isclose(mine, theirs, rel_tol=2e-6, abs_tol=ABSOLUTE.get(make, 1e-36))
             assert close or (math.isnan(mine) and math.isnan(theirs)), (value, mine, theirs)
+
+
+@pytest.mark.parametrize("staged", [False, True])
+def test_slopes_at_the_ends_of_the_numbers(staged: bool, instruction_set: str) -> None:
+    """The gradient of each channel's slope, of numbers whose sums fp32 can hold."""
+
+    def gradients(model: Any, dtype: torch.dtype) -> list[float]:
+        y = model(_images(dtype))
+        y.backward(torch.full_like(y, 2.0**-10))
+        (slopes,) = (module.weight for module in model.modules() if isinstance(module, nn.PReLU))
+        assert slopes.grad is not None
+        return slopes.grad.tolist()
+
+    def make() -> nn.Module:
+        return nn.PReLU(len(VALUES))
+
+    expected = gradients(_decided(make, torch.float64, staged=staged), torch.float64)
+    model = _decided(make, torch.float32, staged=staged)
+    compiled = nascompile.compile(model, torch.ones(2, len(VALUES), 8, 8))
+    for value, mine, theirs in zip(VALUES, gradients(compiled, torch.float32), expected, strict=True):
+        close = math.isclose(mine, theirs, rel_tol=2e-6, abs_tol=1e-36)
+        assert close or (math.isnan(mine) and math.isnan(theirs)), (value, mine, theirs)
+    assert regions(compiled)[0].plans
+
+
+class Pools(nn.Module):
+    """A maximum beside an average."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.op = LayerChoice([nn.MaxPool2d(3, 1, 1), nn.AvgPool2d(3, 1, 1)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+@pytest.mark.parametrize("value", [3e38, -3e38, math.inf])
+def test_gradients_of_decisions_on_large_maps(value: float, instruction_set: str) -> None:
+    found = []
+    for compile_it in (True, False):
+        model: Any = Pools()
+        weights = torch.tensor([0.5, 0.25]).requires_grad_()
+        Decided(model).decide({model.op.key: weights})
+        if compile_it:
+            model = nascompile.compile(model, torch.ones(2, 8, 6, 6))
+        y = model(torch.full((2, 8, 6, 6), value).requires_grad_())
+        y.backward(torch.full_like(y, 1e-3))
+        found.append(weights.grad)
+        assert not compile_it or regions(model)[0].plans
+    torch.testing.assert_close(*found)
+    assert not found[0].isnan().any()

@@ -141,6 +141,44 @@ def test_the_second_order_step_of_darts_equals_the_plain_expression():
         assert_close(found, expected)
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_gradients_in_batches(create_graph: bool):
+    inputs, weights = tensors(3, 4, 5), torch.randn(3).requires_grad_()
+    rows = torch.randn(2, 4, 5)
+
+    def gradients(combine):
+        first = torch.autograd.grad(
+            combine(inputs, weights),
+            [*inputs, weights],
+            rows,
+            is_grads_batched=True,
+            create_graph=create_graph,
+        )
+        if not create_graph:
+            return first
+        total = torch.stack([gradient.square().sum() for gradient in first])
+        batch = torch.eye(len(first))
+        return torch.autograd.grad(total, [*inputs, weights], batch, is_grads_batched=True)
+
+    for found, expected in zip(gradients(mixed_sum), gradients(eager), strict=True):
+        assert_close(found, expected)
+
+
+def test_second_gradients_in_batches():
+    """Of gradients that were taken one by one."""
+    inputs, weights = tensors(3, 4, 5), torch.randn(3).requires_grad_()
+
+    def gradients(combine):
+        first = torch.autograd.grad(
+            combine(inputs, weights).sin().sum(), [*inputs, weights], create_graph=True
+        )
+        total = torch.stack([gradient.square().sum() for gradient in first])
+        return torch.autograd.grad(total, [*inputs, weights], torch.eye(len(first)), is_grads_batched=True)
+
+    for found, expected in zip(gradients(mixed_sum), gradients(eager), strict=True):
+        assert_close(found, expected)
+
+
 A, W = torch.ones(2, 3), torch.ones(2)
 BAD = {
     "nothing": ([], torch.ones(0), ValueError, "there are no inputs"),

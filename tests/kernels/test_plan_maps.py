@@ -39,6 +39,7 @@ ACTIVATIONS = {
     Activation.leaky_relu: nn.functional.leaky_relu,
     Activation.elu: nn.functional.elu,
     Activation.negative: lambda x: torch.where(x > 0, 0, x),
+    Activation.positive: lambda x: torch.where(x > 0, x, 0),
 }
 BATCHES = ((1, 1), (5, 2), (1, 3))
 """Images and chunks: more and fewer images than chunks."""
@@ -101,7 +102,7 @@ def test_stage_keeps_the_zeros_around(size, activation):
     vectors = [spread(memory.read(at, source.channels)).double() for at in (scale, shift)]
     value = ACTIVATIONS[activation](vectors[0] * memory.view(source).double() + vectors[1])
     same(memory.view(out), nn.functional.pad(value, (2, 2, 2, 2)))
-    assert memory.view(out)[0, 0, 2, 2].isnan()
+    assert memory.view(out)[0, 0, 2, 2].isnan() == (activation != Activation.positive)
 
 
 def test_stage_without_vectors_copies():
@@ -260,7 +261,10 @@ def test_activations_at_the_ends(activation):
     inside = torch.isfinite(x) & (x.abs() < 1e4)
     wanted = memory.view(gradient).double() * slope
     torch.testing.assert_close(handed[inside], wanted[inside], rtol=2e-6, atol=1e-6)
-    clips = activation in (Activation.hardsigmoid, Activation.leaky_relu, Activation.negative)
+    clips = activation in (
+        *(Activation.hardsigmoid, Activation.leaky_relu),
+        *(Activation.negative, Activation.positive),
+    )
     assert handed[0, 0].isnan().all() == (not clips)
 
 

@@ -1,0 +1,132 @@
+"""A region as one operation of autograd: runs its plans, keeps what backward needs, and falls back on the
+program where a backward pass asks for more than a plan can give."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nascompile.compiler.region.decisions import Decisions
+from nascompile.compiler.region.differentiable import differentiable, is_asked_for
+from nascompile.compiler.region.execution import Execution, slab_of
+from nascompile.compiler.region.flags import WITH_PARAMETERS, WITHOUT_PARAMETERS, gradient_of_output
+from nascompile.compiler.region.ir import Weight
+from nascompile.kernels.transforms import is_batched
+
+_VERSION = operator.attrgetter("_version")
+
+
+def call(
+    execution: Execution, decisions: Decisions, tensors: Sequence[Tensor], fallback: Callable[..., Any]
+) -> tuple[Tensor, ...]:
+    """The outputs of a region, with gradients where autograd wants them."""
+    vectors = list(decisions.vectors.values())
+    parameters = execution.dense_parameters.values()
+    if execution.wanted is not None:
+        return RunPlan.apply(execution, decisions, fallback, *vectors, *tensors, *parameters)
+    lease = execution.lease()
+    with torch.no_grad():
+        known = _known(execution, decisions.chosen, vectors, tensors, parameters)
+        fixed = execution.fixed.now(decisions.chosen)
+        outputs = execution.forward(slab_of(lease), decisions.chosen, known, fixed)
+    lease.give_back()
+    return tuple(outputs)
+
+
+def _known(execution: Execution, chosen: frozenset[Weight], *parts: Sequence[Tensor]) -> list[Tensor]:
+    """Decision, inputs and parameters as the executor wants them in memory, the decision last."""
+    vectors, tensors, parameters = parts
+    decision = torch.cat(list(vectors)) if vectors else torch.empty(0, **execution.options)
+    inputs = [tensor.contiguous(memory_format=execution.memory_format) for tensor in tensors]
+    return [*inputs, *execution.dense_parameters.of(parameters, chosen), decision]
+
+
+class RunPlan(torch.autograd.Function):
+    """The region as one operation of autograd. A second backward recomputes, and so does one that is itself
+    differentiated or gets its gradients in batches."""
+
+    @staticmethod
+    def forward(ctx: Any, execution: Execution, decisions: Decisions, fallback: Any, *args: Tensor) -> Any:
+        ctx.set_materialize_grads(False)
+        ctx.execution, ctx.decisions, ctx.fallback = execution, decisions, fallback
+        ctx.ends = (len(decisions.vectors), len(args) - len(execution.parameters))
+        chosen = decisions.chosen
+        vectors, tensors, parameters = _parts(ctx, args)
+        known = _known(execution, chosen, vectors, tensors, parameters)
+        fixed = execution.fixed.now(chosen)
+        ctx.lease = execution.lease()
+        outputs = execution.forward(slab_of(ctx.lease), chosen, known, fixed)
+        kept = execution.kept(chosen)
+        ctx.save_for_backward(*vectors, *tensors, *kept.factors_of(parameters))
+        # what only a second run needs must not fail the first; the statistics may have moved on by then
+        ctx.parameters, ctx.fixed = parameters, execution.fixed.flat(fixed, chosen)
+        ctx.versions = list(map(_VERSION, kept.others_of(parameters)))
+        ctx.mark_non_differentiable(*(outputs[index] for index in execution.constant))
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        vectors, tensors, _ = _parts(ctx, ctx.saved_tensors)
+        execution, chosen, parameters = ctx.execution, ctx.decisions.chosen, ctx.parameters
+        if all(grad is None for grad in grads):
+            return (None,) * len(ctx.needs_input_grad)
+        if torch.is_grad_enabled() or is_batched(grads):
+            _require_unchanged(ctx)
+            return (None, None, None, *differentiable(ctx, vectors, tensors, parameters, grads))
+        known = _known(execution, chosen, vectors, tensors, parameters)
+        if ctx.lease.slab is None:
+            # the first backward has used the memory up
+            _require_unchanged(ctx)
+            ctx.lease = execution.lease()
+            fixed = execution.fixed.restored(ctx.fixed, chosen)
+            execution.forward(slab_of(ctx.lease), chosen, known, fixed, updates=False)
+        chosen |= asked_for(parameters, grads)
+        decision, *found = execution.backward(slab_of(ctx.lease), chosen, known, grads)
+        ctx.lease.give_back()
+        found = [*_by_key(execution, ctx.decisions, chosen, decision), *found]
+        needed = ctx.needs_input_grad[3:]
+        # autograd casts to the types of the parameters
+        return (None, None, None, *(g if needs else None for g, needs in zip(found, needed, strict=True)))
+
+
+def _require_unchanged(ctx: Any) -> None:
+    """Raise RuntimeError where the region cannot run again as it did: a bias has been changed in place."""
+    execution, kept = ctx.execution, ctx.execution.kept(ctx.decisions.chosen)
+    refs, tensors = kept.others_of(execution.parameters), kept.others_of(ctx.parameters)
+    for ref, tensor, version in zip(refs, tensors, ctx.versions, strict=True):
+        if tensor._version != version:
+            raise RuntimeError(
+                f"a region has to run again for these gradients, but {ref.name!r} of {ref.module} has been "
+                f"modified by an inplace operation: it is at version {tensor._version}; expected {version}"
+            )
+
+
+def _parts(ctx: Any, args: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
+    """The decision's vectors, the inputs and the parameters."""
+    first, second = ctx.ends
+    return args[:first], args[first:second], args[second:]
+
+
+def asked_for(parameters: Sequence[Tensor], grads: Sequence[Tensor | None]) -> frozenset[Weight]:
+    """What the backward pass that is running chooses, by the gradients it goes on to and those it has."""
+    wants = any(is_asked_for(parameter) for parameter in parameters)
+    given = (gradient_of_output(index) for index, grad in enumerate(grads) if grad is not None)
+    return frozenset((WITH_PARAMETERS if wants else WITHOUT_PARAMETERS, *given))
+
+
+def _by_key(
+    execution: Execution, decisions: Decisions, chosen: frozenset[Weight], gradient: Tensor | None
+) -> list[Tensor | None]:
+    """The decision's gradient, one piece for each vector; None where no candidate of it is reached."""
+    if gradient is None:
+        return [None] * len(decisions.vectors)
+    values = execution.flags(chosen)[1]
+    pieces = gradient.split([vector.numel() for vector in decisions.vectors.values()])
+    return [
+        piece if execution.is_reached(("decision", *key), values) else None
+        for key, piece in zip(decisions.vectors, pieces, strict=True)
+    ]
