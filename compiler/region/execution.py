@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nascompile.compiler.guards import ModuleSettings
+from nascompile.compiler.checks import ModuleSettings
 from nascompile.compiler.region.copies import Copies, DenseTensors, buffers_of, parameters_of, running_of
 from nascompile.compiler.region.decisions import Decisions
 from nascompile.compiler.region.differentiable import differentiable
