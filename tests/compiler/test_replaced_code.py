@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import nascompile
+from nascompile.compiler.unit import ENTRY_LIMIT
 from nascompile.mutables import LayerChoice
 from nascompile.random import RandomMutator
 from tests.compiler import replaced_names
@@ -286,7 +287,6 @@ def test_what_is_replaced_is_seen(use: Use, change: Change, monkeypatch: pytest.
 
 UNREAD: dict[str, Change] = {
     "an equal number": patches_global("SCALE", float("2.0")),
-    "a global of that name elsewhere": patches(replaced_names, "SCALE", 3.0),
     "a global that has the name of an attribute": lambda model, patch: patch.setitem(this(), "act", 1),
     "an attribute that nothing reads": puts("epoch", 1),
     "a method that nothing calls": patches(Base, "static", staticmethod(lambda x: x * 3)),
@@ -295,7 +295,6 @@ UNREAD: dict[str, Change] = {
 
 @pytest.mark.parametrize("change", UNREAD.values(), ids=UNREAD)
 def test_what_is_not_read_makes_no_trace(change: Change, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replaced_names, "SCALE", 2.0, raising=False)
     model, network, x = compiled(lambda self, x: self.helper(self.act(x)) * SCALE)
     network(x)
     change(model, monkeypatch)
@@ -320,3 +319,32 @@ def test_a_forward_that_assigns_a_global_runs_as_written(monkeypatch: pytest.Mon
     assert COUNT == 3
     torch.testing.assert_close(ones[2], 3 * ones[0])
     assert "assigns the global COUNT" in network.islands[0].reason
+
+
+CALLS = 0
+
+
+def counted(x: Tensor) -> Tensor:
+    global CALLS
+    CALLS += 1
+    return x * CALLS
+
+
+def test_a_function_that_counts_its_calls_runs_as_written_after_many_traces() -> None:
+    model, network, x = compiled(lambda self, x: counted(x))
+    for _ in range(ENTRY_LIMIT + 1):
+        network(x)
+    one, other = network(x), model(x)
+    torch.testing.assert_close(other, one * CALLS / (CALLS - 1))
+    assert "is called in more than 16 ways" in network.islands[0].reason
+
+
+LARGE = {str(number): 2.0 for number in range(1000)}
+
+
+def test_of_a_large_table_the_length_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, network, x = compiled(lambda self, x: x * (LARGE["0"] if "new" not in LARGE else 3.0))
+    network(x)
+    monkeypatch.setitem(LARGE, "new", 1.0)
+    torch.testing.assert_close(network(x), model(x))
+    assert len(network.entries) == 2
