@@ -297,6 +297,7 @@ UNREAD: dict[str, Change] = {
 def test_what_is_not_read_makes_no_trace(change: Change, monkeypatch: pytest.MonkeyPatch) -> None:
     model, network, x = compiled(lambda self, x: self.helper(self.act(x)) * SCALE)
     network(x)
+    network(x)
     change(model, monkeypatch)
     torch.testing.assert_close(network(x), model(x))
     assert len(network.entries) == 1
