@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from nascompile.compiler.checks import has_hooks
 from nascompile.compiler.codegen import as_function
-from nascompile.compiler.guards import Guards, attribute, fingerprint, has_hooks
+from nascompile.compiler.fingerprint import attribute, fingerprint
+from nascompile.compiler.guards import Guards
 from nascompile.compiler.inplace import base_of, is_in_place, mutated_value
 from nascompile.compiler.mutables import LayerChoice, Mutable
 from nascompile.compiler.signature import required_parameters
@@ -99,16 +101,13 @@ class Candidate:
     returns_input: bool
     graph: fx.Graph
 
-    def guard(self, candidate: nn.Module, guards: Guards, place: tuple[dict[str, Any], str]) -> None:
-        """Make what was taken for granted a condition of the trace that uses it; `place` is the candidate's
-        own."""
+    def guard(self, candidate: nn.Module, guards: Guards) -> None:
+        """Make what was taken for granted a condition of the trace that uses it."""
         for path, name in self.read:
             module = candidate.get_submodule(path)
             guards.saw(module, name, attribute(module, name))
         for path in ("", *self.looked_into):
-            parent, _, name = path.rpartition(".")
-            home = (candidate.get_submodule(parent)._modules, name) if path else place
-            guards.traced(candidate.get_submodule(path), home)
+            guards.traced(candidate.get_submodule(path))
 
 
 def structure(module: nn.Module) -> Any:

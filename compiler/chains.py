@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from nascompile.compiler.affine import LAYERS, NORMS, Affine
-from nascompile.compiler.guards import Guards, fingerprint, has_hooks
+from nascompile.compiler.checks import has_hooks
+from nascompile.compiler.fingerprint import fingerprint
+from nascompile.compiler.guards import Guards
 from nascompile.compiler.trace import ModelTracer, is_builtin
 
 _INTERNAL = frozenset(nn.Module().__dict__)
@@ -81,21 +83,18 @@ def _links(module: nn.Module) -> tuple[fx.Node, ...] | None:
 
 
 class Reader:
-    """Reads the layers of one candidate, whose parent holds it at `home`, from the steps of its chain.
+    """Reads the layers of one candidate from the steps of its chain.
 
     `problem` says why it is of no kind that is ever fused, `obstacle` why it is not although it is of such a
     kind; `waits_for_mode`: it may be in the other of training and evaluation.
     """
 
-    def __init__(
-        self, module: nn.Module, home: tuple[dict[str, Any], str], nodes: tuple[fx.Node, ...]
-    ) -> None:
+    def __init__(self, module: nn.Module, nodes: tuple[fx.Node, ...]) -> None:
         self.module = module
-        self.home = home
         # None stands for a layer with an obstacle
         self.layers: list[Layer | None] = []
         self.read: list[tuple[nn.Module, str]] = []
-        self.places: list[tuple[nn.Module, tuple[dict[str, Any], str]]] = []
+        self.modules: list[nn.Module] = []
         self.obstacle: str | None = None
         self.waits_for_mode = False
         reasons = (self._add(node) for node in nodes)
@@ -115,20 +114,16 @@ class Reader:
         """Make what was taken for granted a condition of the trace."""
         for module, name in self.read:
             guards.saw(module, name, module.__dict__[name])
-        for module, place in self.places:
-            guards.traced(module, place)
+        for module in self.modules:
+            guards.traced(module)
 
     def _add(self, node: fx.Node) -> str | None:
         if node.op == "call_function" and node.target in _ACTIVATION_FUNCTIONS:
             return self._add_function(node)
         if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
             return f"{node.target} is no layer"
-        module, home = self.module, self.home
-        if node.target != "self":
-            parent, _, name = str(node.target).rpartition(".")
-            module = self.module.get_submodule(str(node.target))
-            home = (self.module.get_submodule(parent)._modules, name)
-        self.places.append((module, home))
+        module = self.module if node.target == "self" else self.module.get_submodule(str(node.target))
+        self.modules.append(module)
         if isinstance(module, tuple(LAYERS)):
             return self._add_affine(module)
         if has_hooks(module) or "forward" in module.__dict__:

@@ -11,7 +11,8 @@ from torch import Tensor, fx, nn
 
 from nascompile.compiler.candidates import Candidate, read_once, structure
 from nascompile.compiler.chains import Member, Reader, links
-from nascompile.compiler.guards import Guards, has_hooks
+from nascompile.compiler.checks import has_hooks
+from nascompile.compiler.guards import Guards
 from nascompile.compiler.mutables import LayerChoice
 from nascompile.compiler.patterns import GROUPS, GroupPattern
 
@@ -62,10 +63,10 @@ def find_groups(
     prefixes: the shared value that each candidate starts from. What is taken for granted, also for finding
     nothing in this mode, becomes a guard. `known` keeps what has been read.
     """
-    named = [(k, name) for k, name in enumerate(choice.names) if choice[k] is not None]
+    present = [index for index, module in enumerate(choice) if module is not None]
     readers: dict[int, Reader] = {}
-    for index, name in named:
-        reader = _reader(choice[index], (choice._modules, name), prefixes[index] is not None, known)
+    for index in present:
+        reader = _reader(choice[index], prefixes[index] is not None, known)
         if reader is not None and reader.problem is None:
             readers[index] = reader
     if len(readers) < 2 or not any(reader.layers for reader in readers.values()):
@@ -84,21 +85,19 @@ def find_groups(
     groups = _groups([member for member in found if member is not None])
     if groups:
         # nobody else may begin to change what the group reads
-        for index, name in named:
+        for index in present:
             candidate = read_once(choice[index], known)
             assert isinstance(candidate, Candidate)
-            candidate.guard(choice[index], guards, (choice._modules, name))
+            candidate.guard(choice[index], guards)
     return groups, f"not merged: {'; '.join(obstacles)}" if obstacles else None
 
 
-def _reader(
-    module: nn.Module, home: tuple[dict[str, Any], str], has_prefix: bool, known: dict[Any, Any]
-) -> Reader | None:
+def _reader(module: nn.Module, has_prefix: bool, known: dict[Any, Any]) -> Reader | None:
     nodes = links(module, known, ("links", structure(module)))
     candidate = read_once(module, known)
     if nodes is None or isinstance(candidate, str):
         return None
-    return Reader(module, home, nodes[len(candidate.prefix) if has_prefix else 0 :])
+    return Reader(module, nodes[len(candidate.prefix) if has_prefix else 0 :])
 
 
 def _groups(members: Sequence[Member]) -> tuple[Group, ...]:

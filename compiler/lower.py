@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor, fx
 
 from nascompile.compiler.chains import Member
+from nascompile.compiler.checks import has_hooks
 from nascompile.compiler.decision import Selection, combine, reduce_outputs, weigh
 from nascompile.compiler.groups import Group
-from nascompile.compiler.guards import has_hooks
 from nascompile.compiler.merging import pick
 from nascompile.compiler.mutables import InputChoice, LayerChoice
 from nascompile.compiler.mutator import BaseMutator, Mutator

@@ -16,9 +16,9 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nascompile.compiler.architecture import Mask
+from nascompile.compiler.checks import has_hooks
 from nascompile.compiler.decision import Selection, read_mask, reduce_outputs, weigh
 from nascompile.compiler.errors import SpaceError
-from nascompile.compiler.guards import has_hooks
 from nascompile.compiler.mutables import InputChoice, LayerChoice, Mutable
 from nascompile.compiler.signature import required_parameters
 from nascompile.compiler.space import Choice, candidate_names

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from nascompile.compiler.guards import NotTraceable, fingerprint
+from nascompile.compiler.fingerprint import fingerprint
+from nascompile.compiler.guards import NotTraceable
 
 _CONSTANTS = (bool, int, str, bytes, type(None), torch.dtype, torch.device)
 

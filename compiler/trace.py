@@ -28,9 +28,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from nascompile.compiler.ambient import ambient_modes, random_states, same_random_states, set_random_states
+from nascompile.compiler.checks import has_hooks
 from nascompile.compiler.constructors import Constructor, recorded_constructors, why_constructor
-from nascompile.compiler.guards import Guards, NotTraceable, has_hooks, watch_attributes
+from nascompile.compiler.guards import Guards, NotTraceable, watch_attributes
 from nascompile.compiler.mutables import InputChoice, LayerChoice, Mutable, MutableScope
+from nascompile.compiler.names import assigned_globals
 from nascompile.compiler.signature import guessed_inputs
 
 _FACTORIES = frozenset(
@@ -131,12 +133,8 @@ class ModelTracer(fx.Tracer):
         self.guards = Guards()
         self.has_scopes = False
         self.paths: dict[nn.Module, str] = {}
-        self.places: dict[nn.Module, tuple[dict[str, Any], str]] = {}
         for path, module in model.named_modules():
             self.paths.setdefault(module, path)
-            for name, child in module._modules.items():
-                if child is not None:
-                    self.places.setdefault(child, (module._modules, name))
         self.submodule_paths = self.paths
         self._tensors = _tensor_paths(model)
         self._ambient = ambient_modes()
@@ -234,8 +232,11 @@ class ModelTracer(fx.Tracer):
         return super().create_arg(a)
 
     def _run(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        assigned = assigned_globals(forward)
+        if assigned:
+            raise NotTraceable(f"assigns the global {', '.join(sorted(assigned))}")
         state, taken = random_states(), self.guards.mark()
-        self.guards.traced(module, self.places.get(module))
+        self.guards.traced(module)
         try:
             output = forward(*args, **kwargs)
             if not same_random_states(state, random_states()):
@@ -265,7 +266,8 @@ class ModelTracer(fx.Tracer):
         original_getattr = nn.Module.__getattr__
 
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return self.call_module(module, module.forward, args, kwargs)
+            # read as torch does, not as the program
+            return self.call_module(module, object.__getattribute__(module, "forward"), args, kwargs)
 
         def lookup(module: nn.Module, name: str) -> Any:
             value = original_getattr(module, name)

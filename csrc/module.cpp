@@ -60,8 +60,8 @@ PYBIND11_MODULE(_C, m) {
       "lane",
       [] { return nascompile::isa_lane(nascompile::selected_isa()); },
       "What the plan kernels in use want channels padded to.");
-  pybind11::class_<nascompile::Watch>(m, "Watch", "Whether dictionaries and the classes of objects are what they were.")
-      .def(pybind11::init<const std::vector<pybind11::dict>&, const std::vector<pybind11::object>&>())
+  pybind11::class_<nascompile::Watch>(m, "Watch", "Whether dictionaries, classes and objects are what they were.")
+      .def(pybind11::init<const std::vector<pybind11::object>&, const std::vector<pybind11::object>&>())
       .def("holds", &nascompile::Watch::holds, "False where something changed, or where Python does not say.");
   m.def("cuda_compiled", &cuda_compiled, "Whether the CUDA kernels are in this build.");
 }

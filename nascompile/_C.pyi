@@ -18,8 +18,9 @@ def cuda_compiled() -> bool:
     """Whether the CUDA kernels are in this build."""
 
 class Watch:
-    """Whether dictionaries, and the classes of objects, are what they were when this was made."""
+    """Whether dictionaries or classes, and the classes and dictionaries that objects have, are what they were
+    when this was made."""
 
-    def __init__(self, dicts: list[dict[Any, Any]], objects: list[Any]) -> None: ...
+    def __init__(self, dicts: list[dict[Any, Any] | type], objects: list[Any]) -> None: ...
     def holds(self) -> bool:
         """False where something has changed, and where Python does not say (from 3.13 on)."""

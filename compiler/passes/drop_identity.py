@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import fx, nn
 
-from nascompile.compiler.guards import Guards, has_hooks
+from nascompile.compiler.checks import has_hooks
+from nascompile.compiler.guards import Guards
 
 
 def drop_identity(gm: fx.GraphModule) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from nascompile.compiler.candidates import Candidate, called_module
+from nascompile.compiler.candidates import Candidate
 from nascompile.compiler.codegen import as_function, graph_module
 from nascompile.compiler.guards import Guards
 from nascompile.compiler.inplace import base_of, changed_values
@@ -32,9 +32,9 @@ def fuse_regions(gm: fx.GraphModule) -> int:
     """
     members, made = Members(gm), 0
     for nodes in _parts(gm, members):
-        _guard(gm, _modules(gm, nodes), _candidates(members, nodes))
+        _guard(gm, _candidates(members, nodes))
         region = _replace(gm, members, nodes, f"region_{made}")
-        gm.meta["guards"].also(region.settings.hold)
+        gm.meta["guards"].also(region.settings)
         made += 1
     if made:
         _sort(gm.graph)
@@ -205,24 +205,10 @@ def _as_function(gm: fx.GraphModule) -> Callable[..., Any]:
     return as_function(gm.graph, "region")
 
 
-def _guard(
-    gm: fx.GraphModule,
-    modules: dict[str, nn.Module],
-    candidates: dict[Any, list[tuple[nn.Module, Candidate]]],
-) -> None:
+def _guard(gm: fx.GraphModule, candidates: dict[Any, list[tuple[nn.Module, Candidate]]]) -> None:
     guards: Guards = gm.meta["guards"]
-    places = gm.meta["tracer"].places
-    for module in modules.values():
-        if module in places:
-            guards.placed(module, places[module])
-    for target, found in candidates.items():
-        for name, (module, candidate) in zip(target.choice.names, found, strict=True):
-            candidate.guard(module, guards, (target.choice._modules, name))
-            for node in candidate.graph.nodes:
-                if node.op == "call_module":
-                    leaf = called_module(module, node)
-                    if leaf is not module and leaf in places:
-                        guards.placed(leaf, places[leaf])
+    for module, candidate in (pair for found in candidates.values() for pair in found):
+        candidate.guard(module, guards)
 
 
 def _sort(graph: fx.Graph) -> None:

@@ -29,7 +29,7 @@ def lower_choices(gm: fx.GraphModule) -> int:
         if reason is not None:
             gm.meta["notes"][str(node.target)] = reason
             continue
-        guards.traced(choice, gm.meta["tracer"].places.get(choice))
+        guards.traced(choice)
         for name in ("names", "choose_from", "reduction", "return_mask"):
             if hasattr(choice, name):
                 guards.saw(choice, name, getattr(choice, name))

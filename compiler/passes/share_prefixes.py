@@ -99,9 +99,7 @@ def _share(gm: fx.GraphModule, source: fx.Node, consumers: list[_Consumer]) -> i
         target: LoweredLayerChoice = consumer.node.target  # type: ignore[assignment]
         assert consumer.candidate.body is not None
         target.bodies[consumer.index] = functools.partial(consumer.candidate.body, consumer.module)
-        choice: Any = target.choice
-        place = (choice._modules, choice.names[consumer.index])
-        consumer.candidate.guard(consumer.module, gm.meta["guards"], place)
+        consumer.candidate.guard(consumer.module, gm.meta["guards"])
         shared = list(consumer.node.args[0])  # type: ignore[arg-type]
         shared[consumer.index] = value
         consumer.node.args = (tuple(shared), *consumer.node.args[1:])
@@ -120,8 +118,7 @@ def _shared_node(gm: fx.GraphModule, step: fx.Node, consumer: _Consumer, value: 
     # "self": the candidate is that one module
     path = consumer.path if step.target == "self" else f"{consumer.path}.{step.target}"
     module = gm.get_submodule(path)
-    parent, _, name = path.rpartition(".")
-    gm.meta["guards"].traced(module, (gm.get_submodule(parent)._modules, name))
+    gm.meta["guards"].traced(module)
     for name in config_names(module):
         gm.meta["guards"].saw(module, name, module.__dict__[name])
     return gm.graph.call_function(Shared, (gm.graph.get_attr(path), value), dict(step.kwargs))

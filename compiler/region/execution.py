@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nascompile.compiler.guards import ModuleSettings
+from nascompile.compiler.checks import ModuleSettings
 from nascompile.compiler.region.copies import (
     Copies,
     DenseTensors,

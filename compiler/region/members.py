@@ -8,8 +8,8 @@ from typing import Any
 from torch import fx, nn
 
 from nascompile.compiler.candidates import Candidate, read_once
+from nascompile.compiler.fingerprint import attribute
 from nascompile.compiler.groups import find_groups
-from nascompile.compiler.guards import attribute
 from nascompile.compiler.inplace import is_in_place, is_view
 from nascompile.compiler.lower import LoweredChoice, LoweredInputChoice, LoweredLayerChoice
 from nascompile.compiler.region.detours import LEADS_NOWHERE, Detours

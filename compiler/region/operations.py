@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nascompile.compiler.guards import has_hooks
+from nascompile.compiler.checks import has_hooks
 from nascompile.compiler.region import images
 from nascompile.compiler.region.ir import (
     Act,

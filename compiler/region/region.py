@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from nascompile.compiler.candidates import Candidate, called_module
-from nascompile.compiler.guards import ModuleSettings
+from nascompile.compiler.checks import ModuleSettings
 from nascompile.compiler.lower import LoweredChoice
 from nascompile.compiler.region.autograd import call
 from nascompile.compiler.region.copies import parameters_of

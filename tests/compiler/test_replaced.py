@@ -34,12 +34,18 @@ class Listed(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList([conv(), nn.ReLU()])
         self.block = Block()
-        self.choice = LayerChoice([nn.Sequential(nn.ReLU(), conv()), nn.AvgPool2d(3, 1, 1)])
+        self.choice = LayerChoice([nn.Sequential(nn.ReLU(), conv()), nn.Sequential(conv(), nn.ReLU())])
+        self.norm = nn.BatchNorm2d(4)
+        self.dilated = nn.Conv2d(4, 4, 3, padding=1)
+        self.dilated.padding, self.dilated.dilation = [2, 2], [2, 2]  # type: ignore[assignment]
+        self.last: nn.Module | None
+        self.register_module("last", None)
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
             x = layer(x)
-        return self.choice(self.block(x))
+        x = self.norm(self.dilated(self.choice(self.block(x))))
+        return x if self.last is None else self.last(x)
 
 
 def doubled(module: nn.Module, x: Tensor) -> Tensor:
@@ -50,17 +56,40 @@ def negated(module: nn.Module, x: Tensor) -> Tensor:
     return -x
 
 
+def set_dilation(model: Any) -> None:
+    # in place: the very same lists
+    model.dilated.padding[:] = [1, 1]
+    model.dilated.dilation[:] = [1, 1]
+
+
+def replace_buffers(model: Any) -> None:
+    model.norm._buffers = {name: torch.full_like(buffer, 2) for name, buffer in model.norm._buffers.items()}
+
+
+def replace_dictionary(model: Any) -> None:
+    model.block.__dict__ = {**Block().__dict__, "forward": lambda x: 2 * x}
+
+
 CHANGES: dict[str, Callable[[Any, pytest.MonkeyPatch], object]] = {
     "a list": lambda model, patch: setattr(model, "layers", nn.ModuleList(reversed(model.layers))),
     "a block": lambda model, patch: setattr(model, "block", Block()),
     "the forward of a class": lambda model, patch: patch.setattr(Block, "forward", doubled),
     "the forward of a layer's class": lambda model, patch: patch.setattr(nn.ReLU, "forward", negated),
+    "a module in the place of none": lambda model, patch: setattr(model, "last", nn.Sigmoid()),
+    "the items of a setting": lambda model, patch: set_dilation(model),
+    "the parameters": lambda model, patch: setattr(model.block.conv, "_parameters", conv()._parameters),
+    "the buffers": lambda model, patch: replace_buffers(model),
+    "the modules": lambda model, patch: setattr(model.block, "_modules", Block()._modules),
+    "the modules of a list": lambda model, patch: setattr(
+        model.layers, "_modules", nn.ModuleList([conv(), nn.Sigmoid()])._modules
+    ),
+    "the dictionary": lambda model, patch: replace_dictionary(model),
 }
 
 
 def compiled() -> tuple[Listed, Any, Tensor]:
     torch.manual_seed(0)
-    model = Listed()
+    model = Listed().eval()
     RandomMutator(model).reset()
     network, x = nascompile.compile(model), torch.randn(2, 4, 8, 8)
     network(x)

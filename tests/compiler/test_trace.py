@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import random
+from collections import deque
 from typing import Any
 
 import numpy
@@ -11,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nascompile.compiler.guards import Guards, NotTraceable, fingerprint
+from nascompile.compiler.fingerprint import fingerprint
+from nascompile.compiler.guards import Guards, NotTraceable
 from nascompile.compiler.mutables import forced_mutator
 from nascompile.compiler.signature import call_shape, guessed_shape, inputs_like
-from nascompile.compiler.snapshot import is_changeable, is_unchanged, put_back, snapshot
+from nascompile.compiler.snapshot import is_changeable, is_unchanged, put_back, snapshot, state
 from nascompile.compiler.trace import ModelTracer
 from nascompile.compiler.verify import EverythingChosen
 from nascompile.mutables import LayerChoice
@@ -171,7 +173,8 @@ def test_guards_hold_until_something_read_changes() -> None:
     for name, value in (("number", 1), ("items", [1, 2]), ("config", config)):
         setattr(model, name, value)
         guards.saw(model, name, value)
-    guards.traced(model.op[0], (model.op._modules, "0"))
+    guards.traced(model.op[0])
+    guards.complete(model)
     assert guards.hold()
     changes: list[tuple[Any, Any]] = [
         (lambda: setattr(model, "number", 2), lambda: setattr(model, "number", 1)),
@@ -220,25 +223,39 @@ def test_fingerprints() -> None:
     assert fingerprint(cyclic) == fingerprint(cyclic)
 
 
-@pytest.mark.parametrize("make", [lambda: [1, 2], lambda: {"a": 1}, lambda: {1, 2}, Config])
+class Slotted(Config):
+    __slots__ = ("factor", "unset")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = [1]
+
+
+MAKERS = [lambda: [1, 2], lambda: {"a": 1}, lambda: {1, 2}, lambda: deque([1, 2]), Config, Slotted]
+
+
+@pytest.mark.parametrize("make", MAKERS)
 def test_snapshots(make: Any) -> None:
     value = make()
     assert is_changeable(value)
     before = snapshot(value)
     assert is_unchanged(value, before)
-    if isinstance(value, list):
+    if isinstance(value, list | deque):
         value[0] = 5
     elif isinstance(value, dict):
         value["a"] = 5
     elif isinstance(value, set):
         value.add(5)
+    elif isinstance(value, Slotted):
+        value.factor.append(2)
+        value.unset = 1
     else:
         value.inner["new"] = 5
     assert not is_unchanged(value, before)
     put_back(value, before)
     assert is_unchanged(value, before)
     fresh = make()
-    assert value == fresh if not isinstance(value, Config) else vars(value) == vars(fresh)
+    assert value == fresh if not isinstance(value, Config) else state(value) == state(fresh)
 
 
 def test_what_is_not_looked_into() -> None:

@@ -26,6 +26,10 @@ class Other:
     pass
 
 
+class Changed:
+    pass
+
+
 CHANGES: dict[str, Callable[[Any, Any, Any], object]] = {
     "a value": lambda plain, ordered, thing: plain.update(a=2),
     "a new key": lambda plain, ordered, thing: plain.update(b=1),
@@ -35,6 +39,8 @@ CHANGES: dict[str, Callable[[Any, Any, Any], object]] = {
     "an ordered one emptied": lambda plain, ordered, thing: ordered.clear(),
     "an attribute": lambda plain, ordered, thing: setattr(thing, "a", 1),
     "a class": lambda plain, ordered, thing: setattr(thing, "__class__", Other),
+    "the dictionary of an object": lambda plain, ordered, thing: setattr(thing, "__dict__", {}),
+    "an attribute of a class": lambda plain, ordered, thing: setattr(Changed, "a", plain),
 }
 
 
@@ -42,7 +48,7 @@ CHANGES: dict[str, Callable[[Any, Any, Any], object]] = {
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_sees_changes(change: Callable[[Any, Any, Any], object]) -> None:
     plain, ordered, thing = {"a": 1}, OrderedDict(a=1), One()
-    watch = Watch([plain, ordered, thing.__dict__], [thing])
+    watch = Watch([plain, ordered, thing.__dict__, Changed], [thing])
     assert watch.holds()
     assert plain["a"] + ordered["a"] == 2
     assert watch.holds()

@@ -1,0 +1,72 @@
+"""What of a Python value a trace depends on, in a form that can be compared."""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from typing import Any
+
+import numpy
+from torch import nn
+
+from nascompile.compiler.snapshot import is_changeable, state
+
+_SMALL = 2**16  # bytes of an array that is compared by content; a larger one counts by identity
+_MISSING = object()
+SCALARS = (bool, int, float, complex, str, bytes, type(None))
+"""What is compared by type and value."""
+
+
+class Same:
+    """A value that counts by identity. It is kept, so that nothing else can be made in its place."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def fingerprint(value: Any, depth: int = 3) -> Any:
+    """Equal for values that a trace cannot tell apart: scalars by value, containers by content, else by
+    identity.
+
+    An object of a user's class (a configuration) counts as changed when one of its attributes is, a partial
+    function when its function or arguments are.
+    """
+    if isinstance(value, SCALARS):
+        return (type(value), value)
+    if isinstance(value, list | tuple | deque):
+        return (type(value), tuple(fingerprint(item, depth) for item in value))
+    if isinstance(value, dict):
+        return (type(value), tuple((key, fingerprint(item, depth)) for key, item in value.items()))
+    if isinstance(value, set | frozenset):
+        return (type(value), frozenset(fingerprint(item, depth) for item in value))
+    if isinstance(value, numpy.ndarray) and value.nbytes <= _SMALL and not value.dtype.hasobject:
+        return (value.shape, value.dtype.str, value.tobytes())
+    if type(value) is functools.partial:
+        return (functools.partial, *(fingerprint(x, depth) for x in (value.func, value.args, value.keywords)))
+    if depth and is_changeable(value):
+        return (Same(value), fingerprint(state(value), depth - 1))
+    return Same(value)
+
+
+def is_fixed(value: Any) -> bool:
+    """Whether a value that is the same object has the same fingerprint: nothing in it can change."""
+    if isinstance(value, tuple | frozenset):
+        return all(map(is_fixed, value))
+    is_open = isinstance(value, numpy.ndarray) or type(value) is functools.partial
+    return not is_open and not is_changeable(value)
+
+
+def attribute(module: nn.Module, name: str) -> Any:
+    """A plain attribute of the module or of its class, read without running any of the user's code."""
+    held = object.__getattribute__(module, "__dict__")
+    if name in held:
+        return held[name]
+    return next((one.__dict__[name] for one in type(module).__mro__ if name in one.__dict__), _MISSING)
