@@ -231,7 +231,7 @@ class Execution:
             for grad, value in zip(grads, self.plan.graph.outputs, strict=True)
         ]
         wanted, empty = self._reached(chosen), torch.empty(0, **self.options)
-        weights = self._gradients.zeros(wanted, len(self.parameters), empty)
+        weights = self._gradients.take(wanted, len(self.parameters), empty)
         inputs = [
             self._new_like(value.shape) if there else empty
             for value, there in zip(self.plan.graph.sources, wanted.inputs, strict=True)
@@ -254,6 +254,7 @@ class Execution:
             found = reached(
                 self.shapes,
                 [self.is_reached(ref, values) for ref in self.parameters],
+                [ref in self.plan.whole for ref in self.parameters],
                 [self.is_reached(("input", index), values) for index in sources],
             )
             if len(self._reached_by) >= FLAG_LIMIT:

@@ -20,6 +20,7 @@ from nascompile.compiler.region.ir import (
     Norm,
     Source,
     Sum,
+    TensorRef,
     Value,
     Weight,
 )
@@ -100,6 +101,7 @@ class Gradients:
         self._begun: set[Hashable] = set()
         self._transposed: dict[Rows, Buffer] = {}
         self.reached: dict[Hashable, int] = {}
+        self.whole: frozenset[TensorRef] = frozenset()
         self._is_needed = self._needed()
         self._with_parameters = self.flags.chosen(WITH_PARAMETERS)
 
@@ -263,12 +265,15 @@ class Gradients:
     def _unpack(self) -> None:
         """From the chunks' sums to the gradient tensors of the weights."""
         done: set[Rows] = set()
+        written: defaultdict[TensorRef, int] = defaultdict(int)
         for value, one in self.forward.convs.items():
             for part in (one.depthwise, one.dense):
                 if part is None or part.rows in done or part.rows not in self.gradients:
                     continue
                 done.add(part.rows)
                 self._unpack_one(value, one, part)
+                written[part.weight] += elements(value, one, part)
+        self.whole = frozenset(ref for ref, count in written.items() if count == ref.value.numel())
 
     def _unpack_one(self, value: Value, one: ConvOf, part: Conv) -> None:
         at, flag = self.gradients[part.rows], self.reached[part.weight]
@@ -288,6 +293,13 @@ class Gradients:
     def _slot(self, arrival: Arrival) -> int:
         weight = None if arrival.term is None else arrival.term.weight
         return NONE if weight is None else self.settings.slot(weight)
+
+
+def elements(value: Value, one: ConvOf, part: Conv) -> int:
+    """How many elements of a weight's gradient are written for one part of a convolution."""
+    inputs = sum(count for _, count, _ in one.source.layout.segments)
+    outputs = 1 if part.is_depthwise else sum(count for _, count, _ in value.layout.segments)
+    return part.kernel[0] * part.kernel[1] * inputs * outputs
 
 
 def offset(buffer: Buffer | None) -> int:

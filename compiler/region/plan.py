@@ -17,7 +17,7 @@ from nascompile.compiler.region.convolutions import make_stage
 from nascompile.compiler.region.flags import Flags
 from nascompile.compiler.region.forward import Forward
 from nascompile.compiler.region.gradients import Wanted
-from nascompile.compiler.region.ir import Graph, Value
+from nascompile.compiler.region.ir import Graph, TensorRef, Value
 from nascompile.compiler.region.memory import Buffer, lay_out, lay_out_images
 from nascompile.compiler.region.settings import Settings
 from nascompile.compiler.region.storage import scale_and_shift
@@ -57,7 +57,7 @@ class Plan:
     """The forward program, the backward program if there is one, and the memory they share.
 
     reached: for the backward program, the flag under which each gradient is there: TensorRef or ("input", i).
-    slab: floats.
+    whole: the parameters whose gradients it writes in all elements. slab: floats.
     """
 
     graph: Graph
@@ -66,6 +66,7 @@ class Plan:
     forward: Direction
     backward: Direction | None
     reached: dict[Any, int]
+    whole: frozenset[TensorRef]
     slab: int
 
 
@@ -127,7 +128,8 @@ def _build(graph: Graph, settings: Settings, wanted: Wanted | None) -> Plan:
     if backward is not None:
         size = lay_out(gradients)
         back = _emit(backward.tasks, settings, flags, backward.sums, size, backward.tensors)
-    return Plan(graph, settings, flags, ahead, back, {} if backward is None else backward.reached, slab)
+    there = ({}, frozenset[TensorRef]()) if backward is None else (backward.reached, backward.whole)
+    return Plan(graph, settings, flags, ahead, back, *there, slab)
 
 
 def _touch_in_turn(tasks: Sequence[Task]) -> None:

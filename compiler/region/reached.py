@@ -13,20 +13,27 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Reached:
-    """parameters: the numbers of those with a gradient; like: tensors of their sizes, without memory; floats:
-    their elements together; inputs: for every input whether it has one."""
+    """parameters: the numbers of those with a gradient, first those that the program writes as a whole; like:
+    tensors of their sizes, without memory; floats: their elements together, the first `written` of which need
+    not be zeros; inputs: for every input whether it has a gradient."""
 
     parameters: list[int]
     like: list[Tensor]
     floats: int
+    written: int
     inputs: list[bool]
 
 
-def reached(shapes: Sequence[torch.Size], parameters: Sequence[bool], inputs: Sequence[bool]) -> Reached:
-    """For parameters of these shapes, given which of them and of the inputs have a gradient."""
-    numbers = [k for k, there in enumerate(parameters) if there]
+def reached(
+    shapes: Sequence[torch.Size], parameters: Sequence[bool], whole: Sequence[bool], inputs: Sequence[bool]
+) -> Reached:
+    """For parameters of these shapes, given which of them and of the inputs have a gradient, and which the
+    program writes as a whole."""
+    there = [k for k, has in enumerate(parameters) if has]
+    numbers = sorted(there, key=lambda k: not whole[k])
     like = [torch.empty(shapes[k], device="meta") for k in numbers]
-    return Reached(numbers, like, sum(shapes[k].numel() for k in numbers), list(inputs))
+    written = sum(shapes[k].numel() for k in there if whole[k])
+    return Reached(numbers, like, sum(shapes[k].numel() for k in there), written, list(inputs))
 
 
 class GradientMemory:
@@ -41,15 +48,15 @@ class GradientMemory:
         self._flat: Tensor | None = None
         self._lock = threading.Lock()
 
-    def zeros(self, wanted: Reached, count: int, absent: Tensor) -> list[Tensor]:
-        """Zeros for the `count` parameters that are reached, `absent` for the others."""
+    def take(self, wanted: Reached, count: int, absent: Tensor) -> list[Tensor]:
+        """Memory for those of `count` parameters that are reached, zeros unless it is written as a whole;
+        `absent` for the others."""
         with self._lock:
             # taken out: two threads must not find the same piece free
             flat, self._flat = self._flat, None
         if flat is None or flat.numel() != wanted.floats or _is_held(flat):
-            flat = torch.zeros(wanted.floats, **self._options)
-        else:
-            flat.zero_()
+            flat = torch.empty(wanted.floats, **self._options)
+        flat[wanted.written :].zero_()
         pieces = torch._C._nn.unflatten_dense_tensors(flat, wanted.like)  # type: ignore[attr-defined]
         found = [absent] * count
         for number, piece in zip(wanted.parameters, pieces, strict=True):

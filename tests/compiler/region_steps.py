@@ -33,6 +33,17 @@ def fp64_plans() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def fresh_memory_is_nan() -> Iterator[None]:
+    """Whoever reads what nobody has written finds nan: torch fills new memory so in its deterministic mode."""
+    was_on = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was_on)
+
+
 def build(case: Case, dtype: torch.dtype = torch.float64) -> nn.Module:
     """The model of a case; the same weights, exactly, in every type."""
     with torch.random.fork_rng(devices=[]):

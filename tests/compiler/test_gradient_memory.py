@@ -12,7 +12,7 @@ ABSENT = torch.empty(0)
 
 
 def zeros(memory: GradientMemory, *has: bool) -> list[Tensor]:
-    return memory.zeros(reached(SHAPES, has, []), len(SHAPES), ABSENT)
+    return memory.take(reached(SHAPES, has, [False] * 3, []), len(SHAPES), ABSENT)
 
 
 def test_what_is_not_reached_is_absent() -> None:
@@ -47,3 +47,15 @@ def test_other_sizes_get_other_memory() -> None:
     memory = GradientMemory()
     zeros(memory, True, True, True)
     assert [piece.numel() for piece in zeros(memory, False, True, True)] == [0, 4, 1]
+
+
+def test_what_the_program_writes_as_a_whole_is_left_as_it_is() -> None:
+    memory = GradientMemory()
+    wanted = reached(SHAPES, [True] * 3, [False, True, False], [])
+    found = memory.take(wanted, len(SHAPES), ABSENT)
+    for k in range(len(found)):
+        found[k].fill_(1.0)
+    del found
+    again = memory.take(wanted, len(SHAPES), ABSENT)
+    assert [piece.shape for piece in again] == SHAPES
+    assert [piece.unique().tolist() for piece in again] == [[0.0], [1.0], [0.0]]
