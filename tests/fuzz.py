@@ -1,9 +1,9 @@
 """`make fuzz N=200`: trains random spaces compiled and eagerly, and prints what they held and where they
 differ.
 
-In fp64 by the reference executor, up to the order of sums; in fp32 by the native one, where the worst error
-may be four times that of plain torch, with some rounding errors more (tests/numerics.py, fuzz_training.py).
-Exit status 1 when something differs.
+In fp64 by the reference executor, in fp32 by the native one. The worst error may be four times that of plain
+torch, with some rounding errors more (tests/numerics.py, fuzz_training.py). Exit status 1 when something
+differs.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 import nascompile
 from tests import numerics
@@ -26,8 +27,8 @@ from tests.compiler.region_steps import fp64_plans, regions
 from tests.fuzz_spaces import Space, build, draw, smaller
 from tests.fuzz_training import images, roughly, train
 
-IMPRECISE = 1e-2
-"""Errors in fp32 below it are counted as lost digits, those above it as wrong results."""
+IMPRECISE = {torch.float64: 1e-8, torch.float32: 1e-2}
+"""Errors below it are counted as lost digits, those above it as wrong results."""
 GRADIENTS = ("inputs", "weights", "decisions")
 DRAWS = 10
 """Runs with more rounding errors, at most, where the comparison with plain torch alone fails."""
@@ -74,15 +75,17 @@ def check(space: Space, seen: Seen) -> None:
     for number, (one, right) in enumerate(zip(actual, exact, strict=True)):
         for group in right:
             try:
-                assert_close(one[group], right[group], rtol=1e-8, atol=1e-9)
+                assert_close(_form(one[group]), _form(right[group]), rtol=0, atol=0)
             except AssertionError as error:
                 raise Failure("wrong", f"fp64, step {number}, {group}: {str(error)[-300:]}") from None
+    # plain torch is the exact one here: what added rounding errors do to it says how far right results differ
+    _compare(space, actual, [], exact, torch.float64)
     reference = train(space, build(space), torch.float32)
     compiled = nascompile.compile(build(space))
     actual = train(space, compiled, torch.float32)
     _no_islands(compiled)
     seen.note(compiled)
-    _compare_single(space, actual, reference, exact)
+    _compare(space, actual, [reference], exact, torch.float32)
     _autocast(space, compiled)
 
 
@@ -91,17 +94,28 @@ def _no_islands(compiled: nascompile.CompiledModel) -> None:
         raise Failure("trace", str(compiled.islands[0]))
 
 
-def _compare_single(space: Space, actual: list[Any], reference: list[Any], exact: list[Any]) -> None:
-    references = [reference]
-    worst = _worst(actual, exact, references)
+def _form(value: Any) -> Any:
+    """The same nesting with shapes and types in place of floating tensors."""
+    return tree_map(
+        lambda leaf: (
+            (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+        ),
+        value,
+    )
+
+
+def _compare(
+    space: Space, actual: list[Any], references: list[list[Any]], exact: list[Any], dtype: torch.dtype
+) -> None:
+    worst = _worst(actual, exact, references, dtype)
     # one eager run may be lucky: what the program does to rounding errors decides
     for number in range(DRAWS):
         if worst.ratio <= 1:
             return
-        references.append(roughly(space, number))
-        worst = _worst(actual, exact, references)
+        references.append(roughly(space, number, dtype))
+        worst = _worst(actual, exact, references, dtype)
     if not worst.ratio <= 1:
-        raise Failure("imprecise" if worst.error < IMPRECISE else "wrong", worst.text)
+        raise Failure("imprecise" if worst.error < IMPRECISE[dtype] else "wrong", worst.text)
 
 
 @dataclass(frozen=True)
@@ -113,7 +127,7 @@ class Worst:
     text: str
 
 
-def _worst(actual: list[Any], exact: list[Any], references: list[list[Any]]) -> Worst:
+def _worst(actual: list[Any], exact: list[Any], references: list[list[Any]], dtype: torch.dtype) -> Worst:
     worst = Worst(0.0, 0.0, "")
     for number, (one, right) in enumerate(zip(actual, exact, strict=True)):
         # a gradient that cancels to zero is as exact as the sum that it is part of
@@ -122,10 +136,10 @@ def _worst(actual: list[Any], exact: list[Any], references: list[list[Any]]) -> 
             size = max(_size(right[group]), least if group in GRADIENTS else 0.0)
             others = (_difference(other[number][group], right[group]) for other in references)
             # twice the factor of one kernel: a model is many, and every step hands its rounding on
-            allowed = 2 * numerics.FACTOR * max(numerics.FLOORS[torch.float32], *(d / size for d in others))
+            allowed = 2 * numerics.FACTOR * max([numerics.FLOORS[dtype], *(d / size for d in others)])
             error = _difference(one[group], right[group]) / size
             if not error / allowed <= worst.ratio:
-                text = f"fp32, step {number}, {group}: {error:.2g} > {allowed:.2g}"
+                text = f"{dtype}, step {number}, {group}: {error:.2g} > {allowed:.2g}"
                 worst = Worst(error / allowed, error, text)
     return worst
 

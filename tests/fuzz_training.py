@@ -1,5 +1,5 @@
-"""Trains a random space: what could be seen after each step, exactly, in fp32, or with more rounding errors
-than that. See fuzz.py."""
+"""Trains a random space: what could be seen after each step, or with more rounding errors than those of the
+type. See fuzz.py."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from tests.comparing import Decided, tensors
 from tests.compiler.region_steps import detached
 from tests.fuzz_spaces import Space, build
 
-ROUNDING = 2.0**-22
-"""Relative error that `roughly` puts into weights, into what layers return and into its gradients: four
-roundings of fp32."""
+ROUNDINGS = 4
+"""Relative error that `roughly` puts into weights, into what layers return and into its gradients, in largest
+roundings of the type."""
 
 
 def mask(kind: str, length: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
@@ -31,18 +31,19 @@ def mask(kind: str, length: int, generator: torch.Generator, dtype: torch.dtype)
     return (weights / weights.sum()).to(dtype).requires_grad_()
 
 
-def roughly(space: Space, draw: int) -> list[dict[str, Any]]:
-    """The eager steps in fp32 with more rounding errors than those of fp32 itself.
+def roughly(space: Space, draw: int, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """The eager steps with more rounding errors than those of the type itself.
 
     Where a program is ill-conditioned (a ReLU near zero, a BatchNorm over two values, a sum that cancels) two
-    right results in fp32 differ by more than a few roundings: by as much as these.
+    right results differ by more than a few roundings: by as much as these.
     """
-    model = build(space)
+    model = build(space).to(dtype)
+    error = ROUNDINGS * torch.finfo(dtype).eps / 2
     generator = torch.Generator().manual_seed(draw)
 
     def rounded(tensor: Tensor) -> Tensor:
         noise = torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype)
-        return tensor * (1 + ROUNDING * (2 * noise - 1))
+        return tensor * (1 + error * (2 * noise - 1))
 
     def returned(_module: nn.Module, _args: Any, out: Tensor) -> Tensor:
         # where it comes from, the gradient is rounded once more
@@ -59,7 +60,7 @@ def roughly(space: Space, draw: int) -> list[dict[str, Any]]:
     for module in model.modules():
         if not any(True for _ in module.children()):
             module.register_forward_hook(returned)
-    return train(space, model, torch.float32)
+    return train(space, model, dtype)
 
 
 def train(space: Space, model: nn.Module, dtype: torch.dtype) -> list[dict[str, Any]]:

@@ -75,9 +75,8 @@ def normalise(state: State, op: Normalise) -> None:
         mean = _spread(state, op.running_mean, op.segments, op.channels)
         variance = _spread(state, op.running_var, op.segments, op.channels, 1.0)
     else:
-        sums = state.sums[op.moments : op.moments + 2 * op.channels].view(2, op.channels)
-        mean = sums[0] / op.elements
-        variance = (sums[1] / op.elements - mean * mean).clamp_min(0)
+        mean = state.sums.total(op.moments, op.channels) / op.elements
+        variance = state.sums.variance(op.moments + op.channels, mean, op.elements)
         _update_running(state, op, mean, variance)
     present = _spread(state, NONE, op.segments, op.channels, 1.0) > 0
     inverse = torch.where(present, (variance + op.epsilon).rsqrt(), 0)
@@ -149,11 +148,11 @@ def normalise_backward(state: State, op: NormaliseBackward) -> None:
         if not state.holds(one.flag):
             continue
         weight = _weight(state, op.decision, one.weight)
-        total += weight * state.sums[one.sum_g : one.sum_g + channels]
-        product += weight * state.sums[one.sum_gy : one.sum_gy + channels]
+        total += weight * state.sums.total(one.sum_g, channels)
+        product += weight * state.sums.products(one.sum_gy, mean)
         if one.out != NONE:
             state.slab[one.out : one.out + channels] = (scale * weight).to(state.slab.dtype)
-    by_normalised = inverse * (product - mean * total)
+    by_normalised = inverse * product
     for tensor, values in ((op.gamma, by_normalised), (op.beta, total)):
         for logical, count, padded in op.segments if tensor != NONE else ():
             gradient = state.tensors[tensor]
@@ -171,12 +170,12 @@ def normalise_backward(state: State, op: NormaliseBackward) -> None:
 
 
 def decision_gradient(state: State, op: DecisionGradient) -> None:
-    channels = op.channels
-    scale = 1.0 if op.scale == NONE else state.vector(op.scale, channels).double()
-    amount = (scale * state.sums[op.sum_gy : op.sum_gy + channels]).sum()
+    ones, zeros = torch.ones(op.channels, dtype=torch.float64), torch.zeros(op.channels, dtype=torch.float64)
+    scale = ones if op.scale == NONE else state.vector(op.scale, op.channels).double()
+    amount = (scale * state.sums.products(op.sum_gy, zeros)).sum()
     if op.shift != NONE:
-        shift = state.vector(op.shift, channels).double()
-        amount = amount + (shift * state.sums[op.sum_g : op.sum_g + channels]).sum()
+        shift = state.vector(op.shift, op.channels).double()
+        amount = amount + (shift * state.sums.total(op.sum_g, op.channels)).sum()
     target = state.tensors[op.tensor]
     target[op.weight] += amount.to(target.dtype)
 

@@ -161,16 +161,11 @@ def convolve(state: State, step: Convolve) -> None:
     _moments(state, step.moments, out)
 
 
-def _moments(state: State, at: int, value: Tensor, other: Tensor | None = None) -> None:
-    """Add to the sums: those of value, and those of value * other (its square if there is no other)."""
-    if at == NONE:
-        return
-    channels = value.shape[-1]
-    wide = value.double()
-    state.sums[at : at + channels] += wide.sum((0, 1, 2))
-    state.sums[at + channels : at + 2 * channels] += (wide * (wide if other is None else other.double())).sum(
-        (0, 1, 2)
-    )
+def _moments(state: State, at: int, value: Tensor) -> None:
+    """Add the sums of a value and of its square."""
+    if at != NONE:
+        state.sums.add(at, value)
+        state.sums.add_squares(at + value.shape[-1], value)
 
 
 def _total(state: State, terms: Sequence[Term], constant: int, size: Sequence[int]) -> Tensor:
@@ -284,14 +279,12 @@ def combine(state: State, step: Combine) -> None:
 
 
 def reduce(state: State, step: Reduce) -> None:
-    gradient = state.view(step.gradient).double()
-    channels = gradient.shape[-1]
+    gradient = state.view(step.gradient)
     for term in step.terms:
         if state.holds(term.flag):
-            at = term.coefficient
-            state.sums[at : at + channels] += (gradient * state.view(term.map).double()).sum((0, 1, 2))
+            state.sums.add_products(term.coefficient, gradient, state.view(term.map))
     if step.total != NONE:
-        state.sums[step.total : step.total + channels] += gradient.sum((0, 1, 2))
+        state.sums.add(step.total, gradient)
 
 
 def unstage(state: State, step: Unstage) -> None:
@@ -299,7 +292,9 @@ def unstage(state: State, step: Unstage) -> None:
     gradient = _hand_back(gradient, _affine(state, source, step.scale, step.shift), step.activation)
     target = state.view(step.target)
     target.copy_(target + gradient if step.adds else gradient)
-    _moments(state, step.moments, gradient, source)
+    if step.moments != NONE:
+        state.sums.add(step.moments, gradient)
+        state.sums.add_products(step.moments + gradient.shape[-1], gradient, source)
 
 
 def mask(state: State, step: Mask) -> None:

@@ -12,6 +12,65 @@ from nascompile.kernels.plan.program import Program, aligned
 from nascompile.kernels.plan.steps import Map, Space
 
 
+class Sums:
+    """The sums over the batch, per channel, in fp64.
+
+    Those of products, weight * value, are kept as sums of weight * (value - middle) and of weight. The middle
+    is the mean of the value that is first added: where the mean is much larger than the deviation, a
+    BatchNorm needs the digits that a plain sum of products or squares loses.
+    """
+
+    def __init__(self, length: int) -> None:
+        self._sums = torch.zeros(length, dtype=torch.float64)
+        self._middles = torch.zeros(length, dtype=torch.float64)
+        self._weights = torch.zeros(length, dtype=torch.float64)
+        self._begun = torch.zeros(length, dtype=torch.bool)
+
+    @property
+    def plain(self) -> Tensor:
+        """All sums, as steps.py defines them."""
+        return self._sums + self._middles * self._weights
+
+    def add(self, at: int, value: Tensor) -> None:
+        """Add what `total` reads: sums over (images, height, width) of a value with channels last."""
+        self._sums[at : at + value.shape[-1]] += value.double().sum((0, 1, 2))
+
+    def add_squares(self, at: int, value: Tensor) -> None:
+        """Add what `variance` reads."""
+        centred = self._centred(at, value)
+        self.add(at, centred.square())
+        # the square of a value is (value - middle)^2 + middle * (value + value - middle)
+        self._weights[at : at + value.shape[-1]] += (centred + value).sum((0, 1, 2))
+
+    def add_products(self, at: int, weight: Tensor, value: Tensor) -> None:
+        """Add what `products` reads."""
+        self.add(at, weight.double() * self._centred(at, value))
+        self._weights[at : at + value.shape[-1]] += weight.double().sum((0, 1, 2))
+
+    def total(self, at: int, channels: int) -> Tensor:
+        """The sums of values."""
+        return self._sums[at : at + channels]
+
+    def variance(self, at: int, mean: Tensor, elements: int) -> Tensor:
+        """The biased variance of so many values, whose mean is given and whose squares were added."""
+        off = mean - self._middles[at : at + len(mean)]
+        return (self.total(at, len(mean)) / elements - off.square()).clamp_min(0)
+
+    def products(self, at: int, about: Tensor) -> Tensor:
+        """The sums of weight * (value - about)."""
+        channels = slice(at, at + len(about))
+        return self._sums[channels] + (self._middles[channels] - about) * self._weights[channels]
+
+    def _centred(self, at: int, value: Tensor) -> Tensor:
+        """The value less the middle."""
+        channels = slice(at, at + value.shape[-1])
+        # zero where there is no mean, so that infinities stay what they are
+        mean = value.double().mean((0, 1, 2)).nan_to_num(0, 0, 0)
+        self._middles[channels] = torch.where(self._begun[channels], self._middles[channels], mean)
+        self._begun[channels] = True
+        return value.double() - self._middles[channels]
+
+
 class State:
     """The memory of one run. One chunk's sums and gradients stand for all chunks; scratch has one part an
     image."""
@@ -20,7 +79,7 @@ class State:
         self.program = program
         self.slab = slab
         self.tensors = list(tensors)
-        self.sums = torch.zeros(program.sums, dtype=torch.float64)
+        self.sums = Sums(program.sums)
         self.gradients = slab.new_zeros(program.gradients)
         self.scratch_size = aligned(program.scratch)
         self.scratch = slab.new_zeros(program.images * self.scratch_size)

@@ -53,7 +53,7 @@ def compare(memory: Memory, *phases: Phase, tolerance: float = 5e-6) -> None:
         found[at : at + count] = state.slab[at : at + count] = 0
     same(found, state.slab, tolerance)
     if memory.sums:
-        same(work[: 2 * memory.sums].cpu().view(torch.float64), state.sums, tolerance)
+        same(work[: 2 * memory.sums].cpu().view(torch.float64), state.sums.plain, tolerance)
     if memory.gradients:
         start = -(-2 * memory.sums // 16) * 16
         same(work[start : start + memory.gradients].cpu(), state.gradients, tolerance)
