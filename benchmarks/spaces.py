@@ -72,11 +72,14 @@ class UnrolledStep:
         # those of the paper
         self._optimizer = torch.optim.SGD(found.model.parameters(), 0.025, momentum=0.9, weight_decay=3e-4)
         self._valid = torch.randn_like(found.inputs[0])
+        self._buffers: list[Tensor] | None = None
 
     def __call__(self, found: Subject, call: Call, decision: Decision) -> None:
         (train,) = found.inputs
         if self._valid.stride() != train.stride() or self._valid.device != train.device:
             self._valid = torch.empty_like(train).copy_(self._valid)
+        if self._buffers is None:
+            self._buffers = list(found.model.buffers())
 
         def loss(x: Tensor) -> Tensor:
             decision.renew()
@@ -85,7 +88,7 @@ class UnrolledStep:
         alphas: list[Any] = list(decision.logits.values())
         gradients = unrolled_gradient(
             *(lambda: loss(train), lambda: loss(self._valid), self._optimizer, alphas),
-            buffers=list(found.model.buffers()),
+            buffers=self._buffers,
         )
         loss(train).backward()
         for alpha, gradient in zip(alphas, gradients, strict=True):

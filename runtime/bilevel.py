@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +14,17 @@ from nascompile.runtime.randomness import random_state, restore_random_state
 #: the finite difference steps eps = RADIUS / ||v|| (DARTS, section 2.3, footnote 2)
 RADIUS = 0.01
 
+_LISTS: Any = torch
+"""Its operations on lists of tensors, which it does not export: a supernet has thousands of small ones."""
+
 
 @dataclass(frozen=True, slots=True)
-class _Move:
-    """What a step does to one parameter w with gradient g: `w + offset`, and d(step)/dg = `-rate`."""
+class _Moves:
+    """What a step does to some of the weights: number k becomes w + offset, and d(step)/dg = -rate."""
 
-    offset: Tensor
-    rate: float
+    numbers: list[int]
+    offsets: list[Tensor]
+    rates: list[float]
 
 
 def unrolled_gradient(
@@ -45,8 +50,7 @@ def unrolled_gradient(
     bit for bit what they were. The result is a tensor for each of `alphas`.
     """
     weights = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-    kept = [w.detach().clone() for w in weights]
-    kept_buffers = [b.detach().clone() for b in buffers]
+    kept, kept_buffers = _copies(weights), _copies(buffers)
     try:
         return _gradient(train_loss, valid_loss, optimizer, weights, list(alphas), kept, radius)
     finally:
@@ -65,17 +69,17 @@ def _gradient(
 ) -> list[Tensor]:
     before = random_state()
     grads = torch.autograd.grad(train_loss(), weights, allow_unused=True)
-    moves = _moves(optimizer, dict(zip(weights, grads, strict=True)))
-    _set(weights, [w + moves[p].offset if p in moves else w for p, w in zip(weights, kept, strict=True)])
+    moves = _moves(optimizer, weights, grads)
+    _move(weights, kept, moves.numbers, moves.offsets)
 
     at_step = torch.autograd.grad(valid_loss(), [*weights, *alphas], allow_unused=True)
     after = random_state()
     direct = [_or_zero(g, a) for g, a in zip(at_step[len(weights) :], alphas, strict=True)]
-    top = max((move.rate for move in moves.values()), default=0.0)
-    direction = [
-        g * (moves[p].rate / top) if g is not None and top and p in moves else None
-        for p, g in zip(weights, at_step[: len(weights)], strict=True)
-    ]
+    top = max(moves.rates, default=0.0)
+    moved = [(k, rate / top) for k, rate in zip(moves.numbers, moves.rates, strict=True) if top]
+    moved = [(k, share) for k, share in moved if at_step[k] is not None]
+    numbers = [k for k, _ in moved]
+    direction = _times([at_step[k] for k in numbers], [share for _, share in moved])
     norm = _norm(direction)
     if norm == 0.0:
         return direct
@@ -83,7 +87,8 @@ def _gradient(
     eps = radius / norm
     sides = []
     for sign in (eps, -eps):
-        _set(weights, [w if v is None else w + sign * v for w, v in zip(kept, direction, strict=True)])
+        _set(weights, kept)
+        _move(weights, kept, numbers, direction, sign)
         restore_random_state(before)
         sides.append(torch.autograd.grad(train_loss(), alphas, allow_unused=True))
     restore_random_state(after)
@@ -93,36 +98,64 @@ def _gradient(
     ]
 
 
+@torch.no_grad()
 def _moves(
-    optimizer: torch.optim.Optimizer, grads: dict[nn.Parameter, Tensor | None]
-) -> dict[nn.Parameter, _Move]:
-    moves: dict[nn.Parameter, _Move] = {}
-    plain = not isinstance(optimizer, torch.optim.SGD)
+    optimizer: torch.optim.Optimizer, weights: Sequence[nn.Parameter], grads: Sequence[Tensor | None]
+) -> _Moves:
+    """The step of all weights that have a gradient."""
+    number_of = {weight: k for k, weight in enumerate(weights)}
+    found = _Moves([], [], [])
     for group in optimizer.param_groups:
-        rate, decay = float(group["lr"]), float(group.get("weight_decay", 0.0))
-        momentum = 0.0 if plain else float(group["momentum"])
-        sign = -1.0 if group.get("maximize", False) else 1.0
-        for parameter in group["params"]:
-            gradient = grads.get(parameter)
-            if gradient is None:
+        present = [k for p in group["params"] if (k := number_of.get(p)) is not None and grads[k] is not None]
+        momentum = float(group["momentum"]) if isinstance(optimizer, torch.optim.SGD) else 0.0
+        buffers = [optimizer.state[weights[k]].get("momentum_buffer") if momentum else None for k in present]
+        # those with a velocity and those without, each at once
+        for has_velocity in (False, True):
+            chosen = [j for j, buffer in enumerate(buffers) if (buffer is not None) == has_velocity]
+            if not chosen:
                 continue
-            change = sign * gradient + decay * parameter.detach()
+            numbers = [present[j] for j in chosen]
+            ascends = bool(group.get("maximize", False))
+            changes = _changes(group, [weights[k] for k in numbers], [grads[k] for k in numbers])
             share = 1.0
             if momentum:
-                velocity = optimizer.state[parameter].get("momentum_buffer")
-                # the first step takes the gradient itself, without dampening
-                fresh = 1.0 if velocity is None else 1.0 - float(group["dampening"])
-                moving = fresh * change if velocity is None else momentum * velocity + fresh * change
-                nesterov = group["nesterov"]
-                share = 1.0 + momentum * fresh if nesterov else fresh
-                change = change + momentum * moving if nesterov else moving
-            moves[parameter] = _Move(-rate * change, sign * rate * share)
-    return moves
+                velocities = [buffers[j] for j in chosen] if has_velocity else None
+                changes, share = _with_momentum(group, momentum, changes, velocities)
+            rate = float(group["lr"])
+            found.numbers.extend(numbers)
+            found.offsets.extend(_LISTS._foreach_mul(changes, -rate))
+            found.rates.extend([(-rate if ascends else rate) * share] * len(numbers))
+    return found
 
 
-def _norm(tensors: Sequence[Tensor | None]) -> float:
-    present = [t for t in tensors if t is not None]
-    return float(torch.nn.utils.get_total_norm(present)) if present else 0.0
+def _changes(group: dict[str, Any], weights: list[Any], grads: list[Any]) -> list[Tensor]:
+    """Gradients, downhill, with weight decay."""
+    changes: Any = _LISTS._foreach_neg(grads) if group.get("maximize", False) else grads
+    decay = float(group.get("weight_decay", 0.0))
+    return list(_LISTS._foreach_add(changes, weights, alpha=decay) if decay else changes)
+
+
+def _with_momentum(
+    group: dict[str, Any], momentum: float, changes: list[Tensor], velocities: list[Any] | None
+) -> tuple[list[Tensor], float]:
+    """What momentum makes of changes, and how much a change counts. Without velocities it is the first step,
+    which takes the change itself, without dampening."""
+    fresh = 1.0 if velocities is None else 1.0 - float(group["dampening"])
+    moving = changes
+    if velocities is not None:
+        moving = _LISTS._foreach_add(_LISTS._foreach_mul(velocities, momentum), changes, alpha=fresh)
+    if group["nesterov"]:
+        return list(_LISTS._foreach_add(changes, moving, alpha=momentum)), 1.0 + momentum * fresh
+    return list(moving), fresh
+
+
+@torch.no_grad()
+def _times(tensors: list[Any], factors: list[float]) -> list[Tensor]:
+    return list(_LISTS._foreach_mul(tensors, factors)) if any(f != 1.0 for f in factors) else tensors
+
+
+def _norm(tensors: Sequence[Tensor]) -> float:
+    return float(torch.nn.utils.get_total_norm(tensors)) if tensors else 0.0
 
 
 def _or_zero(gradient: Tensor | None, like: Tensor) -> Tensor:
@@ -130,6 +163,26 @@ def _or_zero(gradient: Tensor | None, like: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    found = [torch.empty_like(tensor) for tensor in tensors]
+    _set(found, tensors)
+    return found
+
+
+@torch.no_grad()
 def _set(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    for target, value in zip(targets, values, strict=True):
-        target.copy_(value)
+    if targets:
+        _LISTS._foreach_copy_(list(targets), list(values))
+
+
+@torch.no_grad()
+def _move(
+    weights: Sequence[Tensor],
+    kept: Sequence[Tensor],
+    numbers: list[int],
+    steps: list[Tensor],
+    by: float = 1.0,
+) -> None:
+    """Set some of the weights to what was kept plus `by` times a step."""
+    if numbers:
+        _set([weights[k] for k in numbers], _LISTS._foreach_add([kept[k] for k in numbers], steps, alpha=by))

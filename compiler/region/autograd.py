@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nascompile.compiler.region.decisions import Decisions
-from nascompile.compiler.region.differentiable import differentiable, is_asked_for
+from nascompile.compiler.region.differentiable import differentiable, goes_on_to
 from nascompile.compiler.region.execution import Execution, slab_of
 from nascompile.compiler.region.flags import WITH_PARAMETERS, WITHOUT_PARAMETERS, gradient_of_output
 from nascompile.compiler.region.ir import Weight
@@ -84,7 +84,7 @@ class RunPlan(torch.autograd.Function):
             ctx.lease = execution.lease()
             fixed = execution.fixed.restored(ctx.fixed, chosen)
             execution.forward(slab_of(ctx.lease), chosen, known, fixed, updates=False)
-        chosen |= asked_for(parameters, grads)
+        chosen |= asked_for(ctx.next_functions[ctx.ends[1] :], grads)
         decision, *found = execution.backward(slab_of(ctx.lease), chosen, known, grads)
         ctx.lease.give_back()
         found = [*_by_key(execution, ctx.decisions, chosen, decision), *found]
@@ -111,9 +111,10 @@ def _parts(ctx: Any, args: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence
     return args[:first], args[first:second], args[second:]
 
 
-def asked_for(parameters: Sequence[Tensor], grads: Sequence[Tensor | None]) -> frozenset[Weight]:
-    """What the backward pass that is running chooses, by the gradients it goes on to and those it has."""
-    wants = any(is_asked_for(parameter) for parameter in parameters)
+def asked_for(parameters: Sequence[Any], grads: Sequence[Tensor | None]) -> frozenset[Weight]:
+    """What the backward pass that is running chooses, by the parameters it goes on to (edges of autograd's
+    graph) and the gradients it has."""
+    wants = any(goes_on_to(node) for node, _ in parameters)
     given = (gradient_of_output(index) for index, grad in enumerate(grads) if grad is not None)
     return frozenset((WITH_PARAMETERS if wants else WITHOUT_PARAMETERS, *given))
 

@@ -39,7 +39,7 @@ def differentiable(
     for `create_graph=True`, batched where `grads` are."""
     execution, is_differentiated = ctx.execution, torch.is_grad_enabled()
     inputs = [*vectors, *tensors, *parameters]
-    asked = [is_asked_for(tensor) for tensor in inputs]
+    asked = [goes_on_to(node) for node, _ in ctx.next_functions]
     # copies of the running statistics, for the step has updated them already; all else as it was, for modules
     # may have other parameters, statistics and settings by now (functional_call, eval)
     statistics = [(ref, ref.value.clone()) for ref in execution.buffers]
@@ -90,11 +90,11 @@ def _selections(decisions: Decisions, vectors: Sequence[Tensor]) -> dict[str, Se
     return selections
 
 
-def is_asked_for(tensor: Tensor) -> bool:
-    """Whether the backward pass that is running goes on to this tensor; `autograd.grad` may name others."""
-    if not tensor.requires_grad:
+def goes_on_to(node: Any) -> bool:
+    """Whether the backward pass that is running goes on to this node of autograd's graph; `autograd.grad` may
+    name others. None stands for what wants no gradient."""
+    if node is None:
         return False
-    node = torch.autograd.graph.get_gradient_edge(tensor).node
     try:
         return torch._C._will_engine_execute_node(node)
     except RuntimeError:

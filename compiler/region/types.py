@@ -6,6 +6,7 @@ return is asked of torch: each operation once on images of one pixel, in the sam
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, reduce
@@ -39,6 +40,7 @@ from nascompile.compiler.region.ir import (
 from nascompile.kernels.plan.reference import ACTIVATIONS
 
 Dtypes = tuple[torch.dtype, ...]
+_TYPE_OF = operator.attrgetter("dtype")
 ANSWER_LIMIT = 4096
 """Combinations of decisions and types whose outputs' types are kept for a plan."""
 
@@ -215,19 +217,20 @@ class Boundaries:
 
     def __init__(self, graph: Graph, refs: Sequence[TensorRef]) -> None:
         self._graph = graph
-        # looked up in every call: three times as fast as through the modules
-        self._places = [(ref.holder, ref.name) for ref in refs if ref.name != "num_batches_tracked"]
+        own = [ref for ref in refs if ref.name != "num_batches_tracked"]
+        # looked up in every call: many times as fast as through the modules
+        self._holders, self._names = [ref.holder for ref in own], [ref.name for ref in own]
         self._known: dict[Any, Boundary | str] = {}
 
     def of(self, tensors: Sequence[Tensor], chosen: frozenset[Weight]) -> Boundary | str:
         """The boundary of a call; a string says why the program as written has to run, or fail."""
         inputs = tuple(tensor.dtype for tensor in tensors)
-        own = [holder[name].dtype for holder, name in self._places]
+        own = tuple(map(_TYPE_OF, map(operator.getitem, self._holders, self._names)))
         autocast = autocast_type(self._graph.device)
         working = self._graph.dtype
         if autocast is None and {*inputs, *own} == {working}:
             return Boundary(inputs, (working,) * len(self._graph.outputs), self._graph.device, None)
-        key = (inputs, tuple(own), autocast, chosen)
+        key = (inputs, own, autocast, chosen)
         found = self._known.get(key)
         if found is None:
             if len(self._known) >= ANSWER_LIMIT:

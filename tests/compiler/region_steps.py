@@ -35,7 +35,7 @@ def fp64_plans() -> Iterator[None]:
 
 @contextmanager
 def fresh_memory_is_nan() -> Iterator[None]:
-    """Whoever reads what nobody has written finds nan: torch fills new memory so in its deterministic mode."""
+    """Whoever reads what nobody has written finds nan: torch fills new memory so when deterministic."""
     was_on = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:

@@ -104,6 +104,19 @@ def test_only_what_is_asked_for_is_differentiated_in_batches(monkeypatch: pytest
     assert seen == [1] * 3
 
 
+@pytest.mark.parametrize("kind", ["soft", "one"])
+def test_every_gradient_can_be_asked_for_alone(kind: str) -> None:
+    def act(model: Any, masks: dict[str, Tensor]) -> Any:
+        y = model(*images(NET, torch.float64)).sin().sum()
+        wanted = [*(mask for mask in masks.values() if mask.requires_grad), *model.parameters()]
+        return [torch.autograd.grad(y, one, retain_graph=True, allow_unused=True) for one in wanted]
+
+    pair = Pair()
+    expected, actual = pair.each(act, kind)
+    assert_close(actual, expected, rtol=1e-7, atol=1e-8)
+    assert pair.plans
+
+
 # ----- twice
 
 
