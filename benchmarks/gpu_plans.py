@@ -40,6 +40,7 @@ PEERS = ("ours", "ours graph", "eager", "eager graph", "channels_last", "channel
 TESTS = (
     "tests/kernels/test_plan_triton.py",
     "tests/kernels/test_plan_triton_barriers.py",
+    "tests/kernels/test_plan_triton_sums.py",
     "tests/compiler/test_plan_triton.py",
 )
 COLUMNS = ["network", "batch", "peer", "median_ms", "p20_ms", "p80_ms", "peak_mib", "ratio", "note"]

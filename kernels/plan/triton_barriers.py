@@ -16,13 +16,13 @@ from nascompile.kernels.plan.triton_common import (
     tensor_at,
     vector,
 )
+from nascompile.kernels.plan.triton_sums import doubles
 
 
 @triton.jit
 def sums_at(work_ptr, offset, channel, mask):
     """Sums over the batch, which lie at the begin of work memory."""
-    start = work_ptr.to(tl.pointer_type(tl.float64), bitcast=True) + offset
-    return tl.load(start + channel, mask=mask & (offset >= 0), other=0.0)
+    return tl.load(doubles(work_ptr) + offset + channel, mask=mask & (offset >= 0), other=0.0)
 
 
 @triton.jit
@@ -45,9 +45,9 @@ def add_up_kernel(
     BLOCK: tl.constexpr,
     IS_SUMS: tl.constexpr,
 ):
-    """Adds partial sums to the sums (IS_SUMS) or gradients, in a fixed order.
+    """Adds partial sums to the sums (IS_SUMS: both in fp64) or gradients (both in fp32), in a fixed order.
 
-    Record: flag, another flag, partial sums, rows, floats from row to row, columns, offset of the target.
+    Record: flag, another flag, partial sums, rows, numbers from row to row, columns, offset of the target.
     """
     step = record_of(table_ptr, first)
     columns = tl.load(step + 5)
@@ -56,22 +56,17 @@ def add_up_kernel(
     if (on == 0) | (tl.program_id(0) * BLOCK >= columns):
         return
     rows, width = tl.load(step + 3).to(tl.int32), tl.load(step + 4)
-    source = work_ptr + tl.load(step + 2) + column
+    memory = doubles(work_ptr) if IS_SUMS else work_ptr
+    source, target = memory + tl.load(step + 2) + column, memory + tl.load(step + 6) + column
     total = tl.zeros((BLOCK_R, BLOCK), dtype=tl.float64)
     for begin in range(0, rows, BLOCK_R):
         row = begin + tl.arange(0, BLOCK_R)
         there = (row < rows)[:, None] & (column < columns)[None, :]
         value = tl.load(source[None, :] + (row * width)[:, None], mask=there, other=0.0)
         total += value.to(tl.float64)
-    found = tl.sum(total, 0)
-    if IS_SUMS:
-        target = work_ptr.to(tl.pointer_type(tl.float64), bitcast=True) + tl.load(step + 6) + column
-        before = tl.load(target, mask=column < columns, other=0.0)
-        tl.store(target, before + found, mask=column < columns)
-    else:
-        target = work_ptr + tl.load(step + 6) + column
-        before = tl.load(target, mask=column < columns, other=0.0).to(tl.float64)
-        tl.store(target, (before + found).to(tl.float32), mask=column < columns)
+    before = tl.load(target, mask=column < columns, other=0.0).to(tl.float64)
+    found = before + tl.sum(total, 0)
+    tl.store(target, found.to(memory.dtype.element_ty), mask=column < columns)
 
 
 @triton.jit(do_not_specialize=["first", "images"])

@@ -83,13 +83,6 @@ def vector(slab_ptr, offset, channel, missing):
 
 
 @triton.jit
-def partial(work_ptr, at, row, width, column, value):
-    """Write one row's share of a sum that a later launch adds up: [row][width] floats from `at`."""
-    if at >= 0:
-        tl.store(work_ptr + at + row * width + column, value)
-
-
-@triton.jit
 def as_double(word):
     """The double that a word holds."""
     return word.to(tl.float64, bitcast=True)

@@ -14,7 +14,6 @@ from nascompile.kernels.plan.triton_common import (
     base_of,
     channels_of,
     is_on,
-    partial,
     pixels_of,
     read,
     record_of,
@@ -22,6 +21,7 @@ from nascompile.kernels.plan.triton_common import (
     write,
 )
 from nascompile.kernels.plan.triton_maps import is_idle
+from nascompile.kernels.plan.triton_sums import write_moments
 
 TAPS = tl.constexpr(17)
 """Where taps stand in all records, after flag and two maps: how many, where, the weights' offset."""
@@ -46,11 +46,8 @@ def finish(slab_ptr, work_ptr, step, target, at, n, y, x, channel, inside, total
     base = base_of(slab_ptr, work_ptr, target, n, y, x)
     total += read(slab_ptr, base, channel, inside & (tl.load(step + at) != 0))
     write(slab_ptr, base, channel, total, inside)
-    sums, channels = tl.load(step + at + 1), tl.load(target + 5)
-    if sums >= 0:
-        # zero outside, as what was read there
-        partial(work_ptr, sums, tl.program_id(0), 2 * channels, channel, tl.sum(total, 0))
-        partial(work_ptr, sums + channels, tl.program_id(0), 2 * channels, channel, tl.sum(total * total, 0))
+    # zero outside, as what was read there
+    write_moments(work_ptr, tl.load(step + at + 1), tl.load(target + 5), channel, total, inside)
 
 
 @triton.jit(do_not_specialize=["first", "images"])
@@ -224,9 +221,10 @@ def depthwise_gradient_kernel(
     gradient = read(slab_ptr, base_of(slab_ptr, work_ptr, place, n, y, x), channel, inside)
     base = base_of(slab_ptr, work_ptr, source, n, y, x)
     count, channels = tl.load(step + TAPS).to(tl.int32), tl.load(place + 5)
-    taps, sums = table_ptr + tl.load(step + TAPS + 1), tl.load(step + TAPS + 4)
+    taps = table_ptr + tl.load(step + TAPS + 1)
+    sums = work_ptr + tl.load(step + TAPS + 4) + channel
     for k in range(count):
         offset = tl.multiple_of(tl.load(taps + 2 * k), 16)
         value = read(slab_ptr, base + offset, channel, inside)
         row = tl.program_id(0) * count + k
-        partial(work_ptr, sums, row, channels, channel, tl.sum(value * gradient, 0))
+        tl.store(sums + row * channels, tl.sum(value * gradient, 0))

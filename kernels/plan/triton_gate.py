@@ -9,13 +9,13 @@ from nascompile.kernels.plan.triton_common import (
     base_of,
     channels_of,
     is_on,
-    partial,
     pixels_of,
     read,
     record_of,
     write,
 )
 from nascompile.kernels.plan.triton_maps import is_idle
+from nascompile.kernels.plan.triton_sums import write_moments
 
 
 @triton.jit(do_not_specialize=["first", "images"])
@@ -42,10 +42,7 @@ def gate_kernel(
     base = base_of(slab_ptr, work_ptr, target, n, y, x)
     value += read(slab_ptr, base, channel, inside & (tl.load(step + 25) != 0))
     write(slab_ptr, base, channel, value, inside)
-    sums, channels = tl.load(step + 26), tl.load(target + 5)
-    if sums >= 0:
-        partial(work_ptr, sums, tl.program_id(0), 2 * channels, channel, tl.sum(value, 0))
-        partial(work_ptr, sums + channels, tl.program_id(0), 2 * channels, channel, tl.sum(value * value, 0))
+    write_moments(work_ptr, tl.load(step + 26), tl.load(target + 5), channel, value, inside)
 
 
 @triton.jit(do_not_specialize=["first", "images"])

@@ -63,8 +63,8 @@ class Lowered:
 
 @dataclass(slots=True)
 class Entry:
-    """Partial sums of a step: rows x columns floats at `partials`, `width` floats apart, and where they
-    go."""
+    """Partial sums of a step: rows x columns at `partials`, `width` apart, and where they go. All counts in
+    doubles for sums (`is_sums`), in floats for gradients."""
 
     flags: tuple[int, int]
     partials: int
@@ -137,14 +137,12 @@ class Launches:
         records = [[*e.flags, e.partials, e.rows, e.width, e.columns, start + e.target] for e in entries]
         self.launch("add_up", block, (-(-widest // block["BLOCK"]), 1), records, "add up")
 
-    def sums(
-        self, flags: tuple[int, int], rows: int, width: int, targets: Sequence[tuple[int, int, int]]
-    ) -> int:
-        """Work memory for `rows` rows of `width` partial sums; targets: (column, columns, offset in the
-        sums)."""
-        at = self.partial_sums(rows * width)
-        for column, columns, target in targets:
-            self.entries.append(Entry(flags, at + column, rows, width, columns, target, True))
+    def sums(self, flag: int, rows: int, width: int, targets: Sequence[tuple[int, int, int, int]]) -> int:
+        """Work memory for `rows` rows of `width` partial sums, in doubles from its begin; targets: (another
+        flag, column, columns, offset in the sums)."""
+        at = self.partial_sums(2 * rows * width) // 2
+        for other, column, columns, target in targets:
+            self.entries.append(Entry((flag, other), at + column, rows, width, columns, target, True))
         return at
 
     def partial_sums(self, floats: int) -> int:
@@ -158,8 +156,8 @@ class Launches:
         """Partial sums of a map and of another, for `step.moments`."""
         if step.moments == NONE:
             return NONE
-        width = 2 * place.channels
-        return self.sums((step.flag, NONE), self.grid(place, block)[0], width, [(0, width, step.moments)])
+        rows, width = self.grid(place, block)[0], 2 * place.channels
+        return self.sums(step.flag, rows, width, [(NONE, 0, width, step.moments)])
 
     # ---- barrier operations ----
 

@@ -1,7 +1,7 @@
 """Steps of a plan that go over maps pixel by pixel, in Triton; steps.py says what each computes.
 
 A program has a tile of BLOCK_P pixels of all images and a block of BLOCK_C channels. Sums over pixels are
-written as one row of partial sums for every tile.
+written as one row of partial sums for every tile (triton_sums.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from nascompile.kernels.plan.triton_common import (
     channels_of,
     is_on,
     logical_of,
-    partial,
     pixels_of,
     read,
     record_of,
@@ -26,6 +25,7 @@ from nascompile.kernels.plan.triton_common import (
     vector,
     write,
 )
+from nascompile.kernels.plan.triton_sums import write_moments, write_products, write_share
 
 
 @triton.jit
@@ -175,10 +175,7 @@ def combine_kernel(
     base = base_of(slab_ptr, work_ptr, target, n, y, x)
     total += read(slab_ptr, base, channel, inside & (tl.load(step + 13) != 0))
     write(slab_ptr, base, channel, total, inside)
-    sums, channels = tl.load(step + 14), tl.load(target + 5)
-    if sums >= 0:
-        partial(work_ptr, sums, tl.program_id(0), 2 * channels, channel, tl.sum(total, 0))
-        partial(work_ptr, sums + channels, tl.program_id(0), 2 * channels, channel, tl.sum(total * total, 0))
+    write_moments(work_ptr, tl.load(step + 14), tl.load(target + 5), channel, total, inside)
 
 
 @triton.jit(do_not_specialize=["first", "images"])
@@ -203,21 +200,16 @@ def reduce_kernel(
     channel = channels_of(BLOCK_C)
     gradient = read(slab_ptr, base_of(slab_ptr, work_ptr, place, n, y, x), channel, inside)
     channels, count, sums = tl.load(place + 5), tl.load(step + 9), tl.load(step + 12)
-    width = (count + 1) * channels
+    width, pixels = (count + 1) * channels, tl.sum(inside.to(tl.int32), 0)
+    total = tl.sum(gradient, 0)
     for k in range(count):
         term = table_ptr + tl.load(step + 10) + TERM * k
         if is_on(flags_ptr, tl.load(term + MAP + 1)):
             value = read(slab_ptr, base_of(slab_ptr, work_ptr, term, n, y, x), channel, inside)
-            partial(
-                work_ptr,
-                sums + k * channels,
-                tl.program_id(0),
-                width,
-                channel,
-                tl.sum(value * gradient, 0),
-            )
+            at = sums + k * channels
+            write_products(work_ptr, at, width, channel, gradient, total, value, pixels)
     if tl.load(step + 11) != 0:
-        partial(work_ptr, sums + count * channels, tl.program_id(0), width, channel, tl.sum(gradient, 0))
+        write_share(work_ptr, sums + count * channels, width, channel, total.to(tl.float64))
 
 
 @triton.jit(do_not_specialize=["first", "images"])
@@ -252,8 +244,9 @@ def unstage_kernel(
     write(slab_ptr, base, channel, before + g, inside)
     channels = tl.load(target + 5)
     if sums >= 0:
-        partial(work_ptr, sums, tl.program_id(0), 2 * channels, channel, tl.sum(g, 0))
-        partial(work_ptr, sums + channels, tl.program_id(0), 2 * channels, channel, tl.sum(g * value, 0))
+        total, pixels = tl.sum(g, 0), tl.sum(inside.to(tl.int32), 0)
+        write_share(work_ptr, sums, 2 * channels, channel, total.to(tl.float64))
+        write_products(work_ptr, sums + channels, 2 * channels, channel, g, total, value, pixels)
 
 
 @triton.jit(do_not_specialize=["first", "images"])

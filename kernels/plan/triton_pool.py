@@ -11,13 +11,13 @@ import triton.language as tl
 from nascompile.kernels.plan.triton_common import (
     base_of,
     channels_of,
-    partial,
     pixels_of,
     read,
     record_of,
     write,
 )
 from nascompile.kernels.plan.triton_maps import is_idle
+from nascompile.kernels.plan.triton_sums import write_moments
 
 SHAPE = tl.constexpr(17)
 """Where the window stands in both records: kernel, stride, padding, counts_padding, index, index_image."""
@@ -81,11 +81,8 @@ def pool_kernel(
             to = indices(slab_ptr, step, target, n, y, x, channel)
             tl.store(to, number.to(tl.uint8), mask=inside[:, None])
     write(slab_ptr, base_of(slab_ptr, work_ptr, target, n, y, x), channel, out, inside)
-    sums, channels = tl.load(step + SHAPE + 9), tl.load(target + 5)
-    if sums >= 0:
-        out = tl.where(inside[:, None], out, 0.0)
-        partial(work_ptr, sums, tl.program_id(0), 2 * channels, channel, tl.sum(out, 0))
-        partial(work_ptr, sums + channels, tl.program_id(0), 2 * channels, channel, tl.sum(out * out, 0))
+    out = tl.where(inside[:, None], out, 0.0)
+    write_moments(work_ptr, tl.load(step + SHAPE + 9), tl.load(target + 5), channel, out, inside)
 
 
 @triton.jit

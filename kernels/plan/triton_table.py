@@ -83,15 +83,10 @@ class _Lowering(Launches):
     def reduce(self, step: Reduce) -> None:
         place, channels = step.gradient, step.gradient.channels
         block, width = block_of(channels), (len(step.terms) + 1) * channels
-        rows = self.grid(place, block)[0]
-        at = self.partial_sums(rows * width)
-        goals = [(k, term.coefficient, term.flag) for k, term in enumerate(step.terms)]
+        goals = [(t.flag, k * channels, channels, t.coefficient) for k, t in enumerate(step.terms)]
         if step.total != NONE:
-            goals.append((len(step.terms), step.total, NONE))
-        for k, target, flag in goals:
-            self.entries.append(
-                Entry((step.flag, flag), at + k * channels, rows, width, channels, target, True)
-            )
+            goals.append((NONE, width - channels, channels, step.total))
+        at = self.sums(step.flag, self.grid(place, block)[0], width, goals)
         record = [
             step.flag,
             *self.table.map(place),

@@ -65,9 +65,15 @@ def compare(memory: Memory, *phases: Phase, tolerance: float = 5e-6) -> None:
 
 def run_steps(memory: Memory, *steps: object) -> None:
     """Run steps in Triton."""
+    sums_of(memory, *steps)
+
+
+def sums_of(memory: Memory, *steps: object) -> Tensor:
+    """Run steps in Triton: the sums, in fp64."""
     program = memory.program(Phase((), steps))  # type: ignore[arg-type]
-    _, slab, _ = _run(memory, program, torch.tensor([*memory.flags, 0], dtype=torch.uint8))
+    work, slab, _ = _run(memory, program, torch.tensor([*memory.flags, 0], dtype=torch.uint8))
     memory.slab = slab.cpu()
+    return work[: 2 * memory.sums].cpu().view(torch.float64)
 
 
 def _run(memory: Memory, program: Program, flags: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:

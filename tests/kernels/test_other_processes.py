@@ -18,6 +18,7 @@ TABLE = "tests/kernels/test_kernels.py"
 PLANS = (
     ("tests/kernels/test_plan_triton.py", 40),
     ("tests/kernels/test_plan_triton_barriers.py", 9),
+    ("tests/kernels/test_plan_triton_sums.py", 39),
     ("tests/compiler/test_plan_triton.py", 2),
 )
 CUDA_SOURCES = sorted(path.relative_to(ROOT) for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
