@@ -159,8 +159,15 @@ void run_barriers(const plan::Run& run, const Operation* begin, const Operation*
   }
 }
 
+plan::Turns turns_of(const plan::Header& header, int64_t chunk, bool is_reversed) {
+  const int64_t first = header.images * chunk / header.chunks;
+  const int64_t stop = header.images * (chunk + 1) / header.chunks;
+  return is_reversed ? plan::Turns{stop - 1, -1, stop - first} : plan::Turns{first, 1, stop - first};
+}
+
 void run_steps(
-    const plan::Run& run, const Operation* begin, const Operation* end, float* memory, int64_t tile, const Clock& clock) {
+    const plan::Run& run, const Operation* begin, const Operation* end, float* memory, int64_t tile, bool is_reversed,
+    const Clock& clock) {
   const plan::Header& header = run.header();
   const auto kernel = NASCOMPILE_PICK(plan_step);
   plan::Readings readings;
@@ -182,12 +189,13 @@ void run_steps(
           run.streams,
           false,
           nullptr};
-      const int64_t stop = header.images * (chunk + 1) / header.chunks;
-      plan::Ahead ahead(readings, run.slab, stop);
+      const plan::Turns turns = turns_of(header, chunk, is_reversed);
+      plan::Ahead ahead(readings, run.slab, turns);
       image.ahead = &ahead;
-      for (image.number = header.images * chunk / header.chunks; image.number < stop; ++image.number) {
+      for (int64_t turn = 0; turn < turns.count; ++turn) {
+        image.number = turns.image(turn);
         for (const Operation* step = begin; step != end; ++step) {
-          ahead.begin(image.number, step - begin);
+          ahead.begin(turn, step - begin);
           image.begins = step->begins;
           clock.time(chunk, step->number, [&] { kernel(step->kind, step->fields, image); });
         }
@@ -268,7 +276,8 @@ void carry_out(
   for (int64_t k = 0; k < header.phases; ++k) {
     run_barriers(run, barriers.begin(k), barriers.end(k), clock);
     if (steps.begin(k) != steps.end(k)) {
-      run_steps(run, steps.begin(k), steps.end(k), memory, tile, clock);
+      // to and fro: the images that come first were the last ones before, and may be in a cache
+      run_steps(run, steps.begin(k), steps.end(k), memory, tile, k % 2 == 1, clock);
     }
   }
 }

@@ -51,35 +51,35 @@ void Readings::add(const Operation& step, const int64_t* program, const uint8_t*
   interleave();
 }
 
-void Ahead::begin(int64_t image, int64_t step) {
+void Ahead::begin(int64_t turn, int64_t step) {
   const int64_t count = static_cast<int64_t>(readings_.stretches.size());
   if (count == 0) {
     return;
   }
   const int64_t map = readings_.starts[step];
-  const int64_t now = image * readings_.floats + (map == count ? readings_.floats : readings_.stretches[map].before);
+  const int64_t now = turn * readings_.floats + (map == count ? readings_.floats : readings_.stretches[map].before);
   const int64_t reached = image_ * readings_.floats + readings_.stretches[map_].before + (at_ - begin_);
   most_ = now + kAhead;
   if (reached > now) {
     go_to(image_, map_, at_ - begin_);
   } else if (map == count) {
-    go_to(image + 1, 0, 0);
+    go_to(turn + 1, 0, 0);
   } else {
-    go_to(image, map, 0);
+    go_to(turn, map, 0);
   }
 }
 
 void Ahead::go_to(int64_t image, int64_t map, int64_t done) {
   image_ = image;
   map_ = map;
-  if (image >= images_) {
+  if (image >= turns_.count) {
     begin_ = at_ = stop_ = nullptr;
     is_open_ = false;
     return;
   }
   const Readings::Stretch& found = readings_.stretches[map];
   const int64_t most = most_ - image * readings_.floats - found.before;
-  begin_ = slab_ + found.offset + image * found.image;
+  begin_ = slab_ + found.offset + turns_.image(image) * found.image;
   at_ = begin_ + done;
   stop_ = begin_ + std::clamp<int64_t>(most, 0, found.floats);
   is_open_ = most > found.floats;

@@ -31,14 +31,23 @@ struct Readings {
   std::unordered_set<int64_t> known_;  // offsets of maps that were read or written
 };
 
+// The order in which one chunk goes over its images.
+struct Turns {
+  int64_t first, step, count;
+
+  int64_t image(int64_t turn) const {
+    return first + turn * step;
+  }
+};
+
 // The place up to which one chunk has read ahead. It stays a bounded way before the steps, and never falls behind them.
 class Ahead {
  public:
-  Ahead(const Readings& readings, const float* slab, int64_t images)
-      : readings_(readings), slab_(slab), images_(images) {}
+  Ahead(const Readings& readings, const float* slab, const Turns& turns)
+      : readings_(readings), slab_(slab), turns_(turns) {}
 
-  // A step begins, of an image.
-  void begin(int64_t image, int64_t step);
+  // A step begins, of the image whose turn it is.
+  void begin(int64_t turn, int64_t step);
 
   // Between kernels: where a map has been fetched, the next one is begun.
   void turn() {
@@ -65,8 +74,8 @@ class Ahead {
 
   const Readings& readings_;
   const float* const slab_;
-  const int64_t images_;  // the number after the last
-  int64_t image_ = 0, map_ = 0;
+  const Turns turns_;
+  int64_t image_ = 0, map_ = 0;  // by turn
   int64_t most_ = 0;              // floats, counted from the first image on, that may be fetched now
   const float* begin_ = nullptr;  // of the map
   const float* at_ = nullptr;     // what is fetched next
