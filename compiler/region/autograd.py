@@ -18,6 +18,8 @@ from nascompile.compiler.region.ir import Weight
 from nascompile.kernels.transforms import is_batched
 
 _VERSION = operator.attrgetter("_version")
+_NOT_TENSORS = (None,) * 4
+"""What `RunPlan.backward` gives for the arguments before the tensors."""
 
 
 def call(
@@ -27,7 +29,9 @@ def call(
     vectors = list(decisions.vectors.values())
     parameters = execution.dense_parameters.values()
     if execution.wanted is not None:
-        return RunPlan.apply(execution, decisions, fallback, *vectors, *tensors, *parameters)
+        # autograd is told of what the decision leads to: others have no hooks to call, and no gradient
+        reached = execution.kept(decisions.chosen).reached_of(parameters)
+        return RunPlan.apply(execution, decisions, fallback, parameters, *vectors, *tensors, *reached)
     lease = execution.lease()
     with torch.no_grad():
         known = _known(execution, decisions.chosen, vectors, tensors, parameters)
@@ -50,17 +54,24 @@ class RunPlan(torch.autograd.Function):
     differentiated or gets its gradients in batches."""
 
     @staticmethod
-    def forward(ctx: Any, execution: Execution, decisions: Decisions, fallback: Any, *args: Tensor) -> Any:
+    def forward(
+        ctx: Any,
+        execution: Execution,
+        decisions: Decisions,
+        fallback: Any,
+        parameters: Sequence[Tensor],
+        *args: Tensor,
+    ) -> Any:
         ctx.set_materialize_grads(False)
         ctx.execution, ctx.decisions, ctx.fallback = execution, decisions, fallback
-        ctx.ends = (len(decisions.vectors), len(args) - len(execution.parameters))
         chosen = decisions.chosen
-        vectors, tensors, parameters = _parts(ctx, args)
+        kept = execution.kept(chosen)
+        ctx.ends = (len(decisions.vectors), len(args) - sum(kept.reached))
+        vectors, tensors = _parts(ctx, args)
         known = _known(execution, chosen, vectors, tensors, parameters)
         fixed = execution.fixed.now(chosen)
         ctx.lease = execution.lease()
         outputs = execution.forward(slab_of(ctx.lease), chosen, known, fixed)
-        kept = execution.kept(chosen)
         ctx.save_for_backward(*vectors, *tensors, *kept.factors_of(parameters))
         # what only a second run needs must not fail the first; the statistics may have moved on by then
         ctx.parameters, ctx.fixed = parameters, execution.fixed.flat(fixed, chosen)
@@ -70,13 +81,13 @@ class RunPlan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        vectors, tensors, _ = _parts(ctx, ctx.saved_tensors)
+        vectors, tensors = _parts(ctx, ctx.saved_tensors)
         execution, chosen, parameters = ctx.execution, ctx.decisions.chosen, ctx.parameters
         if all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)
         if torch.is_grad_enabled() or is_batched(grads):
             _require_unchanged(ctx)
-            return (None, None, None, *differentiable(ctx, vectors, tensors, parameters, grads))
+            return (*_NOT_TENSORS, *differentiable(ctx, vectors, tensors, parameters, grads))
         known = _known(execution, chosen, vectors, tensors, parameters)
         if ctx.lease.slab is None:
             # the first backward has used the memory up
@@ -85,12 +96,13 @@ class RunPlan(torch.autograd.Function):
             fixed = execution.fixed.restored(ctx.fixed, chosen)
             execution.forward(slab_of(ctx.lease), chosen, known, fixed, updates=False)
         chosen |= asked_for(ctx.next_functions[ctx.ends[1] :], grads)
-        decision, *found = execution.backward(slab_of(ctx.lease), chosen, known, grads)
+        decision, inputs, weights = execution.backward(slab_of(ctx.lease), chosen, known, grads)
         ctx.lease.give_back()
-        found = [*_by_key(execution, ctx.decisions, chosen, decision), *found]
-        needed = ctx.needs_input_grad[3:]
+        reached = execution.kept(ctx.decisions.chosen).reached_of(weights)
+        found = [*_by_key(execution, ctx.decisions, chosen, decision), *inputs, *reached]
+        needed = ctx.needs_input_grad[len(_NOT_TENSORS) :]
         # autograd casts to the types of the parameters
-        return (None, None, None, *(g if needs else None for g, needs in zip(found, needed, strict=True)))
+        return (*_NOT_TENSORS, *(g if needs else None for g, needs in zip(found, needed, strict=True)))
 
 
 def _require_unchanged(ctx: Any) -> None:
@@ -105,10 +117,10 @@ def _require_unchanged(ctx: Any) -> None:
             )
 
 
-def _parts(ctx: Any, args: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
-    """The decision's vectors, the inputs and the parameters."""
+def _parts(ctx: Any, args: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """The decision's vectors and the inputs, with which `args` begin."""
     first, second = ctx.ends
-    return args[:first], args[first:second], args[second:]
+    return args[:first], args[first:second]
 
 
 def asked_for(parameters: Sequence[Any], grads: Sequence[Tensor | None]) -> frozenset[Weight]:

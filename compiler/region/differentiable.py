@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import compress
 from typing import Any
 
 import torch
@@ -38,8 +39,13 @@ def differentiable(
     """The gradients that the backward pass goes on to, through the region op by op: functions of everything
     for `create_graph=True`, batched where `grads` are."""
     execution, is_differentiated = ctx.execution, torch.is_grad_enabled()
-    inputs = [*vectors, *tensors, *parameters]
     asked = [goes_on_to(node) for node, _ in ctx.next_functions]
+    with torch.enable_grad():
+        # by themselves: one of them may have been computed from another
+        vectors, tensors, parameters = (
+            [tensor.view_as(tensor) if tensor.requires_grad else tensor for tensor in some]
+            for some in (vectors, tensors, parameters)
+        )
     # copies of the running statistics, for the step has updated them already; all else as it was, for modules
     # may have other parameters, statistics and settings by now (functional_call, eval)
     statistics = [(ref, ref.value.clone()) for ref in execution.buffers]
@@ -62,9 +68,10 @@ def differentiable(
         # what is chosen may lead to nothing that wants a gradient
         if grad is not None and out.requires_grad
     ]
-    wanted = [tensor for tensor, is_wanted in zip(inputs, asked, strict=True) if is_wanted]
+    reached = execution.kept(ctx.decisions.chosen).reached_of(parameters)
+    wanted = list(compress([*vectors, *tensors, *reached], asked))
     if not pairs or not wanted:
-        return [None] * len(inputs)
+        return [None] * len(asked)
     found = iter(
         torch.autograd.grad(
             [out for out, _ in pairs],

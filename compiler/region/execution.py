@@ -217,7 +217,7 @@ class Execution:
         chosen: frozenset[Weight],
         known: Sequence[Tensor],
         grads: Sequence[Tensor | None],
-    ) -> list[Tensor | None]:
+    ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
         """Run the backward program: the gradients of the decision, the inputs and the parameters, None for
         those that nothing reaches. `chosen`: the decision and `asked_for`; grads: None for the outputs
         without a gradient."""
@@ -242,8 +242,10 @@ class Execution:
         tensors = [*known[:-1], *running, known[-1], *dense, *weights, *inputs, decision]
         self._run(direction, self._backward, slab, chosen, tensors)
         asks = self.wanted is not None and self.wanted.decision
-        found = [None if gradient is empty else gradient for gradient in (*inputs, *weights)]
-        return [decision if asks else None, *found]
+        found, trained = (
+            [None if gradient is empty else gradient for gradient in some] for some in (inputs, weights)
+        )
+        return decision if asks else None, found, trained
 
     def _reached(self, chosen: frozenset[Weight]) -> Reached:
         """What has a gradient under a decision."""
@@ -273,7 +275,7 @@ class Execution:
             values = self.flags(chosen.union((WITH_PARAMETERS, *outputs)))[1]
             found = self._kept[chosen] = kept(
                 *(self.plan.graph, self.parameters, chosen),
-                lambda ref: not asks or self.is_reached(ref, values),
+                (lambda ref: self.is_reached(ref, values)) if asks else None,
             )
         return found
 

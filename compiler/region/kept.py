@@ -19,12 +19,18 @@ T = TypeVar("T")
 class Kept:
     """Marks of a region's parameters under a decision, in their order.
 
-    factors: weights of convolutions and normalisations that gradients pass; backward needs their values.
-    others: biases, and what leads to no gradient; only who runs forward again needs their values.
+    reached: what gradients arrive at; autograd knows no others. factors: weights of convolutions and
+    normalisations that gradients pass; backward needs their values. others: biases, and what leads to no
+    gradient; only who runs forward again needs their values.
     """
 
+    reached: tuple[bool, ...]
     factors: tuple[bool, ...]
     others: tuple[bool, ...]
+
+    def reached_of(self, parameters: Sequence[T]) -> list[T]:
+        """Those of the parameters that gradients arrive at."""
+        return list(compress(parameters, self.reached))
 
     def factors_of(self, parameters: Sequence[T]) -> list[T]:
         """The factors among the parameters, or among the references to them."""
@@ -39,15 +45,17 @@ def kept(
     graph: Graph,
     parameters: Sequence[TensorRef],
     chosen: frozenset[Weight],
-    is_reached: Callable[[TensorRef], bool],
+    is_reached: Callable[[TensorRef], bool] | None,
 ) -> Kept:
-    """What a decision makes of the parameters of a region, given what backward leads to."""
+    """What a decision makes of the parameters of a region, given what backward leads to; None where no
+    parameter wants a gradient."""
     ops = [value.op for value in graph.values if is_computed(value, chosen)]
     norms = [op for op in ops if isinstance(op, Norm) and not op.is_fixed]
     factors = {op.weight for op in ops if isinstance(op, Conv)} | {op.gamma for op in norms}
-    factors = {ref for ref in factors if ref is not None and is_reached(ref)}
+    factors = {ref for ref in factors if ref is not None and (is_reached is None or is_reached(ref))}
     read = {ref for op in ops for ref in refs_of(op)}
     return Kept(
+        tuple(is_reached is not None and is_reached(ref) for ref in parameters),
         tuple(ref in factors for ref in parameters),
         tuple(ref in read and ref not in factors for ref in parameters),
     )

@@ -35,11 +35,14 @@ class Pair:
     """The model itself and its compiled form, the same weights in both."""
 
     def __init__(
-        self, change: Callable[[Any], Any] | None = None, dtype: torch.dtype = torch.float64
+        self,
+        change: Callable[[Any], Any] | None = None,
+        dtype: torch.dtype = torch.float64,
+        case: Case = NET,
     ) -> None:
         self.dtype = dtype
-        self.eager: Any = build(NET, dtype)
-        self.model: Any = build(NET, dtype)
+        self.eager: Any = build(case, dtype)
+        self.model: Any = build(case, dtype)
         if change is not None:
             change(self.eager)
             change(self.model)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import nascompile
 from nascompile.mutables import InputChoice, LayerChoice
 from tests.comparing import CLOSE, Decided, assert_close, assert_same
-from tests.compiler.region_models import SepConv, Unit
+from tests.compiler.region_models import Case, SepConv, Unit
 from tests.compiler.region_pairs import NET, Pair
 from tests.compiler.region_steps import fp64_plans, images, regions
 
@@ -115,6 +115,66 @@ def test_every_gradient_can_be_asked_for_alone(kind: str) -> None:
     expected, actual = pair.each(act, kind)
     assert_close(actual, expected, rtol=1e-7, atol=1e-8)
     assert pair.plans
+
+
+# ----- as autograd sees it
+
+
+class Dependent(nn.Module):
+    """A region with two inputs, one of which is computed from the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.choice = LayerChoice([SepConv(8, 3), nn.Sequential(nn.SiLU(), nn.Conv2d(8, 8, 1))], key="choice")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.choice(x + torch.sin(x))
+
+
+@pytest.mark.parametrize("kind", ["soft", "one"])
+def test_inputs_that_depend_on_each_other(kind: str) -> None:
+    def act(model: Any, masks: dict[str, Tensor]) -> Any:
+        (x,) = images(NET, torch.float64)
+        x.requires_grad_()
+        (first,) = torch.autograd.grad(model(x).sin().sum(), x, create_graph=True)
+        second = torch.autograd.grad(first.sin().sum(), [x, *model.parameters()], allow_unused=True)
+        y = model(x)
+        rows = torch.ones(2, *y.shape, dtype=y.dtype)
+        return [first.detach(), second, torch.autograd.grad(y, x, rows, is_grads_batched=True)]
+
+    pair = Pair(case=Case("dependent", Dependent))
+    expected, actual = pair.each(act, kind)
+    assert_close(actual, expected, rtol=1e-7, atol=1e-8)
+    assert pair.plans
+
+
+@pytest.mark.parametrize("kind", ["soft", "one"])
+def test_hooks_of_parameters_are_called_where_gradients_arrive(kind: str) -> None:
+    def act(model: Any, masks: dict[str, Tensor]) -> Any:
+        called: dict[str, list[str]] = {"before": [], "after": []}
+        for name, parameter in model.named_parameters():
+            parameter.register_hook(lambda g, name=name: (called["before"].append(name), 2 * g)[1])
+            parameter.register_post_accumulate_grad_hook(
+                lambda p, name=name: called["after"].append(f"{name} {p.grad is not None}")
+            )
+        model(*images(NET, torch.float64)).sin().sum().backward()
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        return [gradients, {when: sorted(names) for when, names in called.items()}]
+
+    pair = Pair()
+    expected, actual = pair.each(act, kind)
+    assert_close(actual, expected, rtol=1e-7, atol=1e-8)
+    assert pair.plans
+
+
+def test_what_has_no_gradient_to_give_wants_none() -> None:
+    model = nn.Sequential(LayerChoice([SepConv(8, 3), nn.Identity(), Unit("acb", 8)], key="choice")).double()
+    model[0][2].requires_grad_(False)
+    mutator, compiled = Decided(model), nascompile.compile(model)
+    for index, wants in enumerate((True, False, False)):
+        mutator.decide({"choice": torch.arange(3) == index})
+        assert compiled(images(NET, torch.float64)[0].detach()).requires_grad == wants
+    assert regions(compiled)[0].plans
 
 
 # ----- twice

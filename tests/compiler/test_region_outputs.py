@@ -129,8 +129,9 @@ def test_outputs_that_lead_nowhere() -> None:
     for mask in ([True, False], [False, True]):
         mutator.decide({"LayerChoice1": torch.tensor(mask)})
         first, second = compiled(torch.randn(2, 8, 5, 4, dtype=torch.float64))
-        assert not first.requires_grad
+        assert [first.requires_grad, second.requires_grad] == [False, mask[0]]
         loss = (first + second).sin().sum()
-        found = torch.autograd.grad(loss, list(model.parameters()), create_graph=True, allow_unused=True)
-        assert [gradient is not None for gradient in found] == [mask[0]] * 3
+        if mask[0]:
+            found = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+            assert all(gradient.requires_grad for gradient in found)
     assert regions(compiled)[0].plans
