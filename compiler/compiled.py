@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import wraps
 from typing import Any
 
 import torch
@@ -54,6 +55,12 @@ class CompiledModel(nn.Module):
     changes. A call with other Python arguments, another mode or changed attributes is traced on first sight.
     """
 
+    def __new__(cls, model: nn.Module, *, skip: Sequence[str] = ()) -> CompiledModel:
+        # Python looks these up in the class
+        has_items = any(hasattr(type(unwrap(model)), name) for name in ("__len__", "__getitem__", "__iter__"))
+        kind: Any = CompiledContainer if has_items else cls
+        return super().__new__(kind)
+
     def __init__(self, model: nn.Module, *, skip: Sequence[str] = ()) -> None:
         model = unwrap(model)
         read_space(model)
@@ -65,6 +72,8 @@ class CompiledModel(nn.Module):
         # the same dictionaries, not copies: what is set, moved or replaced in one is so in the other
         for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[name] = model.__dict__[name]
+        for name in _own_methods(type(model)):
+            self.__dict__[name] = _method_of(self, getattr(model, name))
         self._forget()
 
     def _forget(self) -> None:
@@ -265,6 +274,46 @@ class CompiledModel(nn.Module):
             yield
         finally:
             _install(replacements)
+
+
+class CompiledContainer(CompiledModel):
+    """A compiled model that has items, as `nn.Sequential` has."""
+
+    def __len__(self) -> int:
+        return len(self._eager)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._eager[key]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._eager)
+
+    def __contains__(self, item: Any) -> bool:
+        return item in self._eager
+
+    def __bool__(self) -> bool:
+        return bool(self._eager)
+
+
+def _own_methods(kind: type[nn.Module]) -> list[str]:
+    """The methods of all modules (`train`, `state_dict`, ...) that a model has its own versions of."""
+    above = kind.__mro__[: kind.__mro__.index(nn.Module)]
+    common = {
+        name for name, value in vars(nn.Module).items() if callable(value) and not name.startswith("__")
+    }
+    own = {name for one in above for name in vars(one)}
+    return sorted((common & own) - set(vars(CompiledModel)))
+
+
+def _method_of(compiled: CompiledModel, method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of the model; where it returns the model, as `train` does, the compiled one."""
+
+    @wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        found = method(*args, **kwargs)
+        return compiled if found is compiled._eager else found
+
+    return call
 
 
 def _rebuild(model: nn.Module, skip: tuple[str, ...]) -> CompiledModel:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
 
 import nascompile
 from nascompile.compiler.errors import TraceError
+from nascompile.mutables import LayerChoice
 from tests.comparing import Decided, assert_same, step
 from tests.compiler import programs
 from tests.compiler.programs import ISLANDS, TRACED, image
@@ -187,3 +189,59 @@ def test_weights_changed_in_place_are_followed() -> None:
     mask.copy_(torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64))
     assert_same(compiled(image()), image(), exact=True)
     assert not torch.equal(first, image())
+
+
+class Own(nn.Module):
+    """Has its own idea of what all modules can do, as frozen BatchNorm and checkpoints of adapters have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(4)
+        self.choice = LayerChoice([nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)], key="choice")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.choice(self.bn(x))
+
+    def train(self, mode: bool = True) -> Own:
+        super().train(mode)
+        self.bn.eval()
+        return self
+
+    def parameters(self, recurse: bool = True) -> Any:
+        return self.choice.parameters(recurse)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return {f"own.{name}": value for name, value in super().state_dict(*args, **kwargs).items()}
+
+    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().load_state_dict(
+            {name[4:]: value for name, value in state_dict.items()}, *args, **kwargs
+        )
+
+
+def test_methods_of_the_model_are_used() -> None:
+    model = Own()
+    compiled = nascompile.compile(model)
+    assert compiled.train() is compiled
+    assert [model.training, model.bn.training, compiled.bn.training] == [True, False, False]
+    assert compiled.eval() is compiled
+    assert not model.training
+    assert [*map(id, compiled.parameters())] == [*map(id, model.choice.parameters())]
+    assert list(compiled.state_dict()) == list(model.state_dict())
+    compiled.load_state_dict(Own().state_dict())
+    assert compiled.to(torch.float64) is compiled
+    assert model.bn.weight.dtype == torch.float64
+
+
+def test_items_are_those_of_the_model() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), LayerChoice([nn.ReLU(), nn.Identity()], key="choice"))
+    compiled = nascompile.compile(model)
+    assert len(compiled) == 2
+    assert compiled[1] is model[1]
+    assert list(compiled) == list(model)
+    assert model[0] in compiled
+    assert copy.deepcopy(compiled)[0] is not model[0]
+    plain = nascompile.compile(Own())
+    assert bool(plain)
+    with pytest.raises(TypeError):
+        len(plain)
