@@ -7,12 +7,17 @@ from collections import deque
 from typing import Any
 
 import numpy
-from torch import nn
+from torch import Tensor, nn
 
 from nascompile.compiler.snapshot import is_changeable, state
 
 _SMALL = 2**16  # bytes of an array that is compared by content; a larger one counts by identity
-_MISSING = object()
+REGISTERED = ("_parameters", "_buffers", "_modules")
+"""The dictionaries of a module in which Python finds what is no plain attribute."""
+MISSING = object()
+"""In the place of an attribute that a module does not have."""
+HELD = object()
+"""In the place of a tensor or module: which one it is, no trace depends on."""
 SCALARS = (bool, int, float, complex, str, bytes, type(None))
 """What is compared by type and value."""
 
@@ -65,8 +70,16 @@ def is_fixed(value: Any) -> bool:
 
 
 def attribute(module: nn.Module, name: str) -> Any:
-    """A plain attribute of the module or of its class, read without running any of the user's code."""
+    """A plain attribute of the module or of its class, else None where a parameter, buffer or module of that
+    name is; HELD for any tensor or module there is, MISSING for none; without running any of the user's code.
+    """
     held = object.__getattribute__(module, "__dict__")
     if name in held:
-        return held[name]
-    return next((one.__dict__[name] for one in type(module).__mro__ if name in one.__dict__), _MISSING)
+        return HELD if isinstance(held[name], Tensor) else held[name]
+    for one in type(module).__mro__:
+        if name in one.__dict__:
+            return one.__dict__[name]
+    for registered in (held.get(kind, ()) for kind in REGISTERED):
+        if name in registered:
+            return None if registered[name] is None else HELD
+    return MISSING

@@ -335,7 +335,7 @@ def why_whole(module: nn.Module) -> str | None:
         return "has hooks, which run only when the module itself is called"
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance"
-    if hasattr(module, "parametrizations"):
+    if "parametrizations" in module._modules:
         return "has parametrizations"
     if any(is_lazy(parameter) for parameter in module._parameters.values() if parameter is not None):
         return "is lazy: run the model once, so that its parameters exist"
