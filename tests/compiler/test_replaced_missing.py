@@ -12,9 +12,21 @@ from torch import Tensor, nn
 import nascompile
 from nascompile.mutables import LayerChoice
 from nascompile.random import RandomMutator
+from tests.compiler import replaced_names
 
 Use = Callable[[Any, Tensor], Tensor]
 Change = Callable[[Any, pytest.MonkeyPatch], object]
+
+
+class Settings:
+    scale = 2.0
+
+
+class Derived(Settings):
+    pass
+
+
+SETTINGS = Derived()
 
 
 def tensor(value: float) -> Tensor:
@@ -57,6 +69,10 @@ def tries(self: Any, x: Tensor) -> Tensor:
         return x * self.absent
     except AttributeError:
         return x
+
+
+def asks(x: Tensor) -> Tensor:
+    return x * 2 if any(hasattr(SETTINGS, name) for name in ("absent", "other")) else x
 
 
 def puts(name: str, value: Any) -> Change:
@@ -109,6 +125,34 @@ CASES: dict[str, tuple[Use, Change]] = {
     "a module of a layer": (
         lambda self, x: x * 2 if hasattr(self.inner, "absent") else x,
         lambda model, patch: setattr(model.inner, "absent", nn.ReLU()),
+    ),
+    "what hides a default of the class": (
+        lambda self, x: x * SETTINGS.scale,
+        lambda model, patch: patch.setitem(vars(SETTINGS), "scale", 3.0),
+    ),
+    "what hides a default of the base": (
+        lambda self, x: x * SETTINGS.scale,
+        lambda model, patch: patch.setattr(Derived, "scale", 3.0),
+    ),
+    "an attribute of a global object": (
+        lambda self, x: x * getattr(SETTINGS, "absent", 2.0),
+        lambda model, patch: patch.setattr(SETTINGS, "absent", 3.0, raising=False),
+    ),
+    "an attribute of a global object's class": (
+        lambda self, x: x * getattr(SETTINGS, "absent", 2.0),
+        lambda model, patch: patch.setattr(Settings, "absent", 3.0, raising=False),
+    ),
+    "an attribute of a global object, asked for": (
+        lambda self, x: asks(x),
+        lambda model, patch: patch.setattr(SETTINGS, "other", 3.0, raising=False),
+    ),
+    "an item of a global object's dictionary": (
+        lambda self, x: x * vars(SETTINGS).get("absent", 2.0),
+        lambda model, patch: patch.setattr(SETTINGS, "absent", 3.0, raising=False),
+    ),
+    "a global of a Python module": (
+        lambda self, x: x * getattr(replaced_names, "absent", 2.0),
+        lambda model, patch: patch.setattr(replaced_names, "absent", 3.0, raising=False),
     ),
 }
 
