@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from nascompile.compiler.fingerprint import attribute, fingerprint, is_fixed
+from nascompile.compiler.fingerprint import HELD, MISSING, REGISTERED, attribute, fingerprint, is_fixed
 from nascompile.compiler.watch import Watched
 
 Attribute = tuple[nn.Module, str, Any, Any]
@@ -20,7 +20,6 @@ Attribute = tuple[nn.Module, str, Any, Any]
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HOOKS_OF = operator.itemgetter(*HOOKS)
-_DICTIONARIES = ("_parameters", "_buffers", "_modules")
 
 
 class Entries:
@@ -67,6 +66,27 @@ class _Lists:
         return all(map(_is_as_before, self._rows))
 
 
+class _Registered:
+    """That parameters and buffers that were read are there, and those that were None are still: which need no
+    look at the dictionaries of the modules, where training may put other tensors."""
+
+    def __init__(self, rows: Iterable[Attribute]) -> None:
+        places = [
+            (module.__dict__[kind], row)
+            for row in rows
+            for module, name, *_ in [row]
+            for kind in ("_parameters", "_buffers")
+            if name in module.__dict__[kind]
+        ]
+        self._rows = [row for _, row in places]
+        self._present = Entries((held, name, None) for held, (_, name, _, value) in places if value is HELD)
+        self._absent = Entries((held, name, None) for held, (_, name, _, value) in places if value is None)
+
+    def are_same(self) -> bool:
+        """Whether they are; a parameter may have become a buffer."""
+        return (self._present.are_other() and self._absent.are_same()) or all(map(_is_as_before, self._rows))
+
+
 class ModelState:
     """That a model has its modules, in their places, and the attributes that the trace read.
 
@@ -84,6 +104,11 @@ class ModelState:
         own = set(map(id, self._own))
         others = [row for row in attributes if id(row) not in own]
         self._fixed = [row for row in others if is_fixed(row[3])]
+        self._registered = _Registered(row for row in self._fixed if row[3] is HELD or row[3] is None)
+        # any of these may come to hold what was missing
+        self._incomplete = [
+            row[0].__dict__[kind] for row in others if row[3] is MISSING for kind in REGISTERED
+        ]
         rest = [row for row in others if not is_fixed(row[3])]
         self._lists = _Lists([row for row in rest if _is_plain_list(row)])
         self._open = [row for row in rest if not _is_plain_list(row)]
@@ -91,7 +116,7 @@ class ModelState:
         self._modules = list(modules)
         self._holders = [module.__dict__ for module in modules]
         self._dictionaries = Entries(
-            (held, name, held.get(name)) for held in self._holders for name in _DICTIONARIES
+            (held, name, held.get(name)) for held in self._holders for name in REGISTERED
         )
         parents = [module._modules for module in modules if module._modules or _is_container(module)]
         self._children = list(zip(parents, map(len, parents), strict=True))
@@ -121,8 +146,11 @@ class ModelState:
         return self._are_looked_into_alike()
 
     def holds_besides(self) -> bool:
-        """Whether containers, arrays and objects that were read have their contents."""
-        return self._lists.are_same() and all(map(_is_as_before, self._open))
+        """Whether parameters that were read are there; whether containers, arrays and objects that were have
+        their contents."""
+        if not self._registered.are_same() or not self._lists.are_same():
+            return False
+        return all(map(_is_as_before, self._open))
 
     def watched(self) -> Iterator[Watched]:
         """The dictionaries of the modules and their classes."""
@@ -130,6 +158,7 @@ class ModelState:
         yield from (children for children, _ in self._children)
         yield from (hooks for held in self._looked_into for hooks in _HOOKS_OF(held))
         yield from self._kinds
+        yield from self._incomplete
 
     def _are_looked_into_alike(self) -> bool:
         if not self._own_forward.are_same() or not _have_forwards(self._forwards):

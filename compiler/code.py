@@ -4,25 +4,25 @@ constants of classes, other functions."""
 from __future__ import annotations
 
 import functools
+import operator
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from types import CellType, FunctionType, MappingProxyType, MethodType, ModuleType
 from typing import Any
 
-import numpy
 from torch import nn
 
 from nascompile.compiler.checks import Entries
-from nascompile.compiler.fingerprint import SCALARS, Same, fingerprint, is_fixed
+from nascompile.compiler.fingerprint import BUFFERS, SCALARS, Same, fingerprint, is_fixed
 from nascompile.compiler.names import is_foreign_function, names_in
-from nascompile.compiler.snapshot import is_changeable, is_foreign, state
+from nascompile.compiler.snapshot import WRAPPERS, attributes_besides, is_changeable, is_foreign, state
 from nascompile.compiler.watch import Watched
 
 FUNCTION_LIMIT = 1000  # functions looked into, the nearest first; each costs about 0.2 us in every call
 SIZE_LIMIT = 256  # items of a container that is compared by content; a larger one counts by its length
 _BODY = ("__code__", "__defaults__", "__kwdefaults__")
-_CONTAINERS = list | tuple | dict | set | frozenset | deque
+_CONTAINERS = list | tuple | dict | set | frozenset | deque | MappingProxyType
 _EMPTY = object()
 
 
@@ -32,6 +32,7 @@ class _Walk:
 
     def __init__(self, roots: Iterable[Any]) -> None:
         self.names: set[str] = set()
+        self.strings: set[str] = set()
         self.functions: list[FunctionType] = []
         self.globals: dict[tuple[int, str], tuple[dict[str, Any], str]] = {}
         self.cells: list[CellType] = []
@@ -73,8 +74,11 @@ class _Walk:
             self.modules += [] if is_foreign(value.__name__) else [value]
         elif isinstance(value, _CONTAINERS):
             self._visit_container(value)
-        elif isinstance(value, numpy.ndarray):
+        elif isinstance(value, BUFFERS):
             self.contents.append(value)
+        elif isinstance(value, WRAPPERS):
+            self.contents.append(value)
+            self._todo += [type(value), *state(value).values()]
         elif is_changeable(value):
             self.objects.append(value)
             self._todo.append(type(value))
@@ -87,7 +91,8 @@ class _Walk:
             return
         self.functions.append(function)
         names = names_in(function.__code__)
-        self.names |= names.attributes
+        self.names |= names.attributes | names.strings
+        self.strings |= names.strings
         for name in names.globals:
             self.globals[id(function.__globals__), name] = function.__globals__, name
             self._todo.append(function.__globals__.get(name))
@@ -105,7 +110,7 @@ class _Walk:
         if not is_fixed_container(value):
             self.contents.append(value)
         if is_small(value):
-            self._todo.extend(_items(value))
+            self._todo += [type(value), *_items(value), *attributes_besides(value).values()]
 
 
 class Code:
@@ -115,6 +120,11 @@ class Code:
         self._globals = _Rows(
             [(held, name, held.get(name)) for held, name in walk.globals.values()]
             + [(vars(module), name, value) for module in walk.modules for name, value in walk.read_of(module)]
+            + [
+                (vars(module), name, None)
+                for module in walk.modules
+                for name in walk.strings - set(vars(module))
+            ]
         )
         self._bodies = Entries(
             ((f, name, getattr(f, name)) for f in walk.functions for name in _BODY), getattr
@@ -122,14 +132,15 @@ class Code:
         self._cells = _Rows([(cell, "", content_of(cell)) for cell in walk.cells], content_of)
         self._classes = walk.classes
         self._constants = _Rows(_class_rows(walk), MappingProxyType.get)
-        self._objects = [
-            (one, name, _content(value)) for one in walk.objects for name, value in walk.read_of(one)
-        ]
+        self._names = frozenset(walk.names)
+        self._known = [self._names.intersection(vars(kind)) for kind in self._classes]
+        self._objects = [(one, self._content_of(one)) for one in walk.objects]
         self._contents = [(value, _content(value)) for value in walk.contents]
 
     def is_same(self) -> bool:
-        """Whether classes have the functions and constants that they had."""
-        return self._constants.are_same()
+        """Whether classes have the functions and constants that they had, and no others that may be read."""
+        known = (self._names.intersection(vars(kind)) for kind in self._classes)
+        return self._constants.are_same() and all(map(operator.eq, known, self._known))
 
     def holds_besides(self) -> bool:
         """Whether functions, globals, containers and objects are what they were."""
@@ -137,11 +148,15 @@ class Code:
             return False
         if any(_content(value) != before for value, before in self._contents):
             return False
-        return all(_content(state(one).get(name)) == before for one, name, before in self._objects)
+        return all(self._content_of(one) == before for one, before in self._objects)
 
     def watched(self) -> Iterator[Watched]:
         """The classes."""
         yield from self._classes
+
+    def _content_of(self, value: Any) -> dict[str, Any]:
+        # whatever the code names: an attribute may come and hide one of the class
+        return {name: _content(held) for name, held in state(value).items() if name in self._names}
 
 
 class _Rows:
@@ -162,7 +177,7 @@ def code_of(modules: Iterable[nn.Module], values: Iterable[Any]) -> Code:
     kinds = dict.fromkeys(map(type, modules))
     # the contents of attributes are compared as those of the modules
     inside = (_items(one) if isinstance(one, _CONTAINERS) and is_small(one) else [one] for one in values)
-    found = (one for items in inside for one in items if not isinstance(one, numpy.ndarray))
+    found = (one for items in inside for one in items if not isinstance(one, BUFFERS))
     return Code(_Walk([*kinds, *(kind.forward for kind in kinds), *found]))
 
 
@@ -182,6 +197,7 @@ def is_small(value: Any) -> bool:
         count += 1
         if isinstance(one, _CONTAINERS):
             todo.extend(_items(one))
+            todo.extend(attributes_besides(one).values())
         elif is_changeable(one):
             todo.extend(state(one).values())
     return count <= SIZE_LIMIT
@@ -195,11 +211,12 @@ def is_fixed_container(value: Any) -> bool:
 def _content(value: Any) -> Any:
     if is_small(value):
         return fingerprint(value)
-    return (Same(value), len(value)) if isinstance(value, _CONTAINERS) else Same(value)
+    has_length = isinstance(value, _CONTAINERS) or type(value) in WRAPPERS
+    return (Same(value), len(value)) if has_length else Same(value)
 
 
 def _items(value: Any) -> Iterable[Any]:
-    return value.values() if isinstance(value, dict) else value
+    return value.values() if isinstance(value, dict | MappingProxyType) else value
 
 
 def _inside(value: Any) -> list[Any]:

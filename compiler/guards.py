@@ -126,12 +126,19 @@ def watch_attributes(guards: Guards, tensor: Callable[[Tensor], Any]) -> Iterato
     original_delete: Callable[..., None] = nn.Module.__delattr__
 
     def read(module: nn.Module, name: str) -> Any:
-        value = object.__getattribute__(module, name)
+        try:
+            value = object.__getattribute__(module, name)
+        except AttributeError:
+            # modules count by their places, all together
+            if not name.startswith("__") and name not in object.__getattribute__(module, "_modules"):
+                guards.saw(module, name, attribute(module, name))
+            raise
         if name in _INTERNAL or name.startswith("__"):
             return value
-        if isinstance(value, Tensor):
-            return tensor(value)
         found = attribute(module, name)
+        if isinstance(value, Tensor):
+            guards.saw(module, name, found)
+            return tensor(value)
         # what a property computes is not an attribute: what it reads is, and its code
         if found is value or is_own_method(found):
             guards.saw(module, name, found)

@@ -15,17 +15,20 @@ _GLOBALS = ("LOAD_GLOBAL", "LOAD_NAME")
 _ASSIGNED = ("STORE_GLOBAL", "DELETE_GLOBAL")
 # the last three from Python 3.12 on
 _ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD", "IMPORT_FROM", "LOAD_SUPER_ATTR", "LOAD_SUPER_METHOD")
+# with these code may read an attribute whose name is a string
+_BY_STRING = frozenset({"getattr", "hasattr", "vars", "attrgetter", "__dict__", "__getattribute__"})
 
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """What code, with the functions defined in it, reads of its globals and of any object, what it imports
-    and which globals it assigns."""
+    """What code, with the functions defined in it, reads of its globals and of any object, what it imports,
+    which globals it assigns, and what it may read by a string."""
 
     globals: frozenset[str]
     attributes: frozenset[str]
     imports: frozenset[str]
     assigned: frozenset[str]
+    strings: frozenset[str]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -36,14 +39,36 @@ def names_in(code: CodeType) -> Names:
     def named(*kinds: str) -> frozenset[str]:
         return frozenset(name for kind, name in found if kind in kinds)
 
-    own = Names(named(*_GLOBALS), named(*_ATTRIBUTES), named("IMPORT_NAME"), named(*_ASSIGNED))
+    own = Names(
+        named(*_GLOBALS), named(*_ATTRIBUTES), named("IMPORT_NAME"), named(*_ASSIGNED), _strings(code)
+    )
     inner = [names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
     return Names(
         own.globals.union(*(one.globals for one in inner)),
         own.attributes.union(*(one.attributes for one in inner)),
         own.imports.union(*(one.imports for one in inner)),
         own.assigned.union(*(one.assigned for one in inner)),
+        own.strings.union(*(one.strings for one in inner)),
     )
+
+
+def _strings(code: CodeType) -> frozenset[str]:
+    # a name may stand here and be asked for in a generator
+    if not _reads_by_string(code):
+        return frozenset()
+    found, todo = set[str](), list[Any](code.co_consts)
+    while todo:
+        one = todo.pop()
+        if isinstance(one, tuple | frozenset):
+            todo.extend(one)
+        elif isinstance(one, str) and one.isidentifier():
+            found.add(one)
+    return frozenset(found)
+
+
+def _reads_by_string(code: CodeType) -> bool:
+    inner = (one for one in code.co_consts if isinstance(one, CodeType))
+    return not _BY_STRING.isdisjoint(code.co_names) or any(map(_reads_by_string, inner))
 
 
 def is_foreign_function(function: FunctionType) -> bool:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import functools
 import sys
-from collections import deque
+from collections import ChainMap, UserDict, UserList, deque
 from types import MemberDescriptorType
 from typing import Any
 
 from torch import Tensor, nn
 
 _CONTAINERS = (list, dict, set, deque)
+WRAPPERS = (UserDict, UserList, ChainMap)
+"""Containers of Python's library that are objects with their content in an attribute."""
 # argparse.Namespace and types.SimpleNamespace are settings of a user
 _LIBRARIES = {"torch", "numpy", "nascompile", *sys.stdlib_module_names} - {"argparse", "types"}
 
@@ -24,7 +26,7 @@ def is_foreign(module: str) -> bool:
 
 def is_changeable(value: Any) -> bool:
     """Whether `value` is a container, or an instance of a user's class with attributes to change."""
-    if isinstance(value, _CONTAINERS):
+    if isinstance(value, (*_CONTAINERS, *WRAPPERS)):
         return True
     if isinstance(value, type | nn.Module | Tensor) or is_foreign(type(value).__module__):
         return False
@@ -42,6 +44,11 @@ def state(value: Any) -> dict[str, Any]:
             # a slot without a value
             continue
     return found
+
+
+def attributes_besides(container: Any) -> dict[str, Any]:
+    """The attributes of an instance of a user's subclass of list, dict or another container."""
+    return {} if is_foreign(type(container).__module__) else state(container)
 
 
 def snapshot(value: Any) -> Any:

@@ -313,7 +313,9 @@ def _gives_tensor(root: nn.Module, node: fx.Node) -> bool:
         return False
     module = root.get_submodule(str(node.target))
     tuples = isinstance(module, nn.RNNBase | nn.RNNCellBase | nn.MultiheadAttention)
-    return is_builtin(module) and not tuples and not getattr(module, "return_indices", False)
+    # thousands of modules have no such attribute, and each question would become a guard
+    gives_indices = "return_indices" in module.__dict__ and module.return_indices
+    return is_builtin(module) and not tuples and not gives_indices
 
 
 def is_builtin(module: nn.Module) -> bool:
@@ -335,7 +337,7 @@ def why_whole(module: nn.Module) -> str | None:
         return "has hooks, which run only when the module itself is called"
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance"
-    if hasattr(module, "parametrizations"):
+    if "parametrizations" in module._modules:
         return "has parametrizations"
     if any(is_lazy(parameter) for parameter in module._parameters.values() if parameter is not None):
         return "is lazy: run the model once, so that its parameters exist"
