@@ -122,10 +122,9 @@ def _why_not(gm: fx.GraphModule, nodes: Sequence[fx.Node], aliases: Aliases) -> 
     border = {x for node in nodes for x in node.all_input_nodes} | inside
     bases = {base_of(gm, value) for value in border}
     for node in gm.graph.nodes:
-        if node not in inside:
-            if aliases.changed(node) & bases:
-                values = ", ".join(value.name for value in changed_values(gm, node))
-                return f"{node.name} may change {values} in place"
+        if node not in inside and aliases.changed(node) & bases:
+            values = ", ".join(value.name for value in changed_values(gm, node))
+            return f"{node.name} may change {values} in place"
     return None
 
 
