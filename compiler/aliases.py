@@ -94,11 +94,12 @@ class Aliases:
     def _may_hand_on(self, target: LoweredLayerChoice) -> bool:
         choice: Any = target.choice
         for module in choice:
-            candidate = None if module is None else read_once(module, self._known)
-            if isinstance(candidate, str) or (candidate is not None and candidate.returns_input):
+            if module is None:
+                continue
+            candidate = read_once(module, self._known)
+            if isinstance(candidate, str) or candidate.returns_input:
                 return True
-            if candidate is not None:
-                candidate.guard(module, self._gm.meta["guards"])
+            candidate.guard(module, self._gm.meta["guards"])
         return False
 
 

@@ -300,6 +300,9 @@ class ModelTracer(fx.Tracer):
             ):
                 patches.callback(setattr, owner, name, owner.__dict__[name])
                 setattr(owner, name, value)
+            if "__getattribute__" in nn.Module.__dict__:
+                # somebody else's, which the watch would take away with its own
+                patches.callback(setattr, nn.Module, "__getattribute__", nn.Module.__getattribute__)
             patches.enter_context(
                 watch_attributes(self.guards, lambda tensor: self.proxy(self.create_arg(tensor)))
             )

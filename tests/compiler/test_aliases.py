@@ -59,7 +59,7 @@ def method(s: Any, x: Tensor) -> Any:
     x = x * 1
     y = s.c(x).relu_()
     z = s.d(y)
-    z.mul_(2)
+    z *= 2
     return z + y + x
 
 

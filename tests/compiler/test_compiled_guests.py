@@ -241,6 +241,29 @@ def test_a_compiled_model_inside_of_another(way: Any, change: str) -> None:
     assert_close(results[1], results[0], rtol=1e-3, atol=1e-5)
 
 
+def test_who_else_watches_attributes_goes_on_watching(monkeypatch: pytest.MonkeyPatch) -> None:
+    def watching(module: nn.Module, name: str) -> Any:
+        return object.__getattribute__(module, name)
+
+    monkeypatch.setattr(nn.Module, "__getattribute__", watching, raising=False)
+    model, _ = decided()
+    assert not nascompile.compile(model, images()).islands
+    assert nn.Module.__getattribute__ is watching
+
+
+def test_a_candidate_that_is_a_compiled_model() -> None:
+    inner: Any = nn.Sequential(nn.Dropout(0.5), nn.Conv2d(8, 8, 1))
+    model, _ = decided()
+    model.a[0] = nascompile.compile(inner)
+    compiled, x = nascompile.compile(model), images()
+    for mode in (True, False):
+        model.train(mode)
+        torch.manual_seed(0)
+        expected = model(x)
+        torch.manual_seed(0)
+        assert_close(compiled(x), expected, **TOLERANCE)
+
+
 def test_attributes_of_a_compiled_model_inside_of_another_count() -> None:
     net = nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 4))
     big = Doubled(nascompile.compile(net))
