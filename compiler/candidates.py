@@ -21,6 +21,7 @@ from nascompile.compiler.guards import Guards
 from nascompile.compiler.inplace import base_of, is_in_place, mutated_value
 from nascompile.compiler.mutables import LayerChoice, Mutable
 from nascompile.compiler.signature import required_parameters
+from nascompile.compiler.space import unwrap
 from nascompile.compiler.trace import ModelTracer, is_builtin, own_forward
 
 _INTERNAL = frozenset(nn.Module().__dict__)
@@ -129,6 +130,8 @@ def read_candidate(module: nn.Module) -> Candidate | str:
     """Read the candidate as a function of one value; a string says why its inside cannot be used."""
     if any(isinstance(child, Mutable) for child in module.modules()):
         return "contains choices of its own"
+    if any(unwrap(child) is not child for child in module.modules()):
+        return "contains a compiled model"
     tracer = ModelTracer(module)
     graph = _graph(tracer, module)
     if isinstance(graph, str):

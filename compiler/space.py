@@ -56,7 +56,8 @@ class StructuredMutableTreeNode:
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The user's own module inside a compiled model."""
-    return model.__dict__.get("_eager", model)
+    held = model.__dict__.get("_eager")
+    return held if isinstance(held, nn.Module) else model
 
 
 def read_space(model: nn.Module) -> StructuredMutableTreeNode:

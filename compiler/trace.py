@@ -34,6 +34,7 @@ from nascompile.compiler.guards import Guards, NotTraceable, watch_attributes
 from nascompile.compiler.mutables import InputChoice, LayerChoice, Mutable, MutableScope
 from nascompile.compiler.names import assigned_globals
 from nascompile.compiler.signature import guessed_inputs
+from nascompile.compiler.space import unwrap
 
 _FACTORIES = frozenset(
     {torch.zeros, torch.ones, torch.full, torch.empty, torch.arange, torch.linspace, torch.eye, torch.tensor}
@@ -135,6 +136,8 @@ class ModelTracer(fx.Tracer):
         self.paths: dict[nn.Module, str] = {}
         for path, module in model.named_modules():
             self.paths.setdefault(module, path)
+            # a compiled model inside is traced as the model that it was made of
+            self.paths.setdefault(unwrap(module), path)
         self.submodule_paths = self.paths
         self._tensors = _tensor_paths(model)
         self._ambient = ambient_modes()
@@ -148,7 +151,7 @@ class ModelTracer(fx.Tracer):
     ) -> bool:
         """Trace the module at `path` into `self.graph`; False, with the island on record, when it cannot be
         done."""
-        module = self.root.get_submodule(path)
+        module = unwrap(self.root.get_submodule(path))
         self.graph = fx.Graph()
         reason = why_whole(module)
         if reason is not None:
@@ -166,7 +169,7 @@ class ModelTracer(fx.Tracer):
 
     def trace_guessed(self, path: str) -> bool:
         """As `trace_module`, when no example is known: every argument without a default is one tensor."""
-        forward = own_forward(self.root.get_submodule(path))
+        forward = own_forward(unwrap(self.root.get_submodule(path)))
         return self.trace_module(path, lambda tracer: guessed_inputs(tracer, forward))
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -192,6 +195,9 @@ class ModelTracer(fx.Tracer):
         path = self.path_of_module(m)
         if self.is_leaf_module(m, path):
             return self.create_proxy("call_module", path, args, kwargs)
+        if unwrap(m) is not m:
+            self.guards.traced(m)
+            return unwrap(m)(*args, **kwargs)
         before = list(self.graph.nodes)[-1] if len(self.graph.nodes) else None
         try:
             return self._run(m, forward, args, kwargs)
@@ -263,6 +269,9 @@ class ModelTracer(fx.Tracer):
 
     @contextmanager
     def _tracing(self) -> Iterator[None]:
+        if nn.Module.__call__.__module__ == __name__:
+            # torch and nn.Module have been changed already, and the inner trace would record into the outer
+            raise NotTraceable("runs a compiled model otherwise than as a module of this one")
         original_getattr = nn.Module.__getattr__
 
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -291,6 +300,9 @@ class ModelTracer(fx.Tracer):
             ):
                 patches.callback(setattr, owner, name, owner.__dict__[name])
                 setattr(owner, name, value)
+            if "__getattribute__" in nn.Module.__dict__:
+                # somebody else's, which the watch would take away with its own
+                patches.callback(setattr, nn.Module, "__getattribute__", nn.Module.__getattribute__)
             patches.enter_context(
                 watch_attributes(self.guards, lambda tensor: self.proxy(self.create_arg(tensor)))
             )
@@ -412,7 +424,7 @@ def where_defined(module: nn.Module) -> tuple[str, int]:
 def _tensor_paths(model: nn.Module) -> dict[int, str]:
     paths: dict[int, str] = {}
     for prefix, module in model.named_modules():
-        attributes = {**module.__dict__, **module._buffers, **module._parameters}
+        attributes = {**unwrap(module).__dict__, **module._buffers, **module._parameters}
         for name, value in attributes.items():
             if isinstance(value, torch.Tensor):
                 paths.setdefault(id(value), f"{prefix}.{name}" if prefix else name)

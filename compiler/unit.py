@@ -18,7 +18,7 @@ from nascompile.compiler.mutables import InputChoice, LayerChoice, MutableScope
 from nascompile.compiler.mutator import BaseMutator
 from nascompile.compiler.region.region import Region
 from nascompile.compiler.signature import call_shape, guessed_shape, inputs_like
-from nascompile.compiler.space import Choice
+from nascompile.compiler.space import Choice, unwrap
 from nascompile.compiler.trace import Island, ModelTracer, own_forward, where_defined
 
 USES_PER_TRACE = 8  # below it, tracing again and again is not worth it
@@ -111,7 +111,7 @@ class Unit:
 
     def guess(self) -> Entry:
         """A trace made without an example call."""
-        shape = guessed_shape(own_forward(self.module)), ambient_modes()
+        shape = guessed_shape(own_forward(unwrap(self.module))), ambient_modes()
         return self._trace(shape, lambda tracer: tracer.trace_guessed(self.path))
 
     def _trace(self, shape: Any, trace: Callable[[ModelTracer], bool]) -> Entry:

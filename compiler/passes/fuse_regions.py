@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from nascompile.compiler.aliases import Aliases
 from nascompile.compiler.candidates import Candidate
 from nascompile.compiler.codegen import as_function, graph_module
 from nascompile.compiler.guards import Guards
@@ -28,10 +29,12 @@ def fuse_regions(gm: fx.GraphModule) -> int:
     Legal because a region computes the same function from the same tensors: a plan with the same gradients,
     buffers and decisions at run time, or where it cannot be made the very nodes it replaces. A part is
     convex: no path leaves it and comes back. What is read of modules becomes a guard. Not done around values
-    that something else changes in place.
+    that something else changes in place, and not for a choice whose output may be its input where a change
+    of the one is seen in the other: a region computes a tensor of its own.
     """
-    members, made = Members(gm), 0
-    for nodes in _parts(gm, members):
+    aliases = Aliases(gm)
+    members, made = Members(gm, seen=aliases.seen), 0
+    for nodes in _parts(gm, members, aliases):
         _guard(gm, _candidates(members, nodes))
         region = _replace(gm, members, nodes, f"region_{made}")
         gm.meta["guards"].also(region.settings)
@@ -45,24 +48,24 @@ def fuse_others(gm: fx.GraphModule, outside: Collection[fx.Node], name: str) -> 
     """As `fuse_regions` without nodes that turned out to be beyond plans, inside a region that has its guards
     already; the names of the regions begin with `name`."""
     members, made = Members(gm, outside), []
-    for nodes in _parts(gm, members):
+    for nodes in _parts(gm, members, Aliases(gm)):
         made.append(_replace(gm, members, nodes, f"{name}_{len(made)}"))
     if made:
         _sort(gm.graph)
     return made
 
 
-def _parts(gm: fx.GraphModule, members: Members) -> list[list[fx.Node]]:
+def _parts(gm: fx.GraphModule, members: Members, aliases: Aliases) -> list[list[fx.Node]]:
     """The nodes of each region to be."""
     parts = _components(gm, members, _depths(gm, members))
     while members.leave_out_torn(parts):
         parts = _components(gm, members, _depths(gm, members))
-    return [nodes for nodes in parts if _is_region(gm, nodes)]
+    return [nodes for nodes in parts if _is_region(gm, nodes, aliases)]
 
 
-def _is_region(gm: fx.GraphModule, nodes: Sequence[fx.Node]) -> bool:
+def _is_region(gm: fx.GraphModule, nodes: Sequence[fx.Node], aliases: Aliases) -> bool:
     """Whether nodes become a region; if not, their choices are told why."""
-    reason = _why_not(gm, nodes)
+    reason = _why_not(gm, nodes, aliases)
     for node in nodes if reason is not None else ():
         if isinstance(node.target, LoweredChoice):
             gm.meta.setdefault("outside", {})[node.target.path] = reason
@@ -112,17 +115,16 @@ def _components(gm: fx.GraphModule, members: Members, depth: dict[fx.Node, int])
     return list(parts.values())
 
 
-def _why_not(gm: fx.GraphModule, nodes: Sequence[fx.Node]) -> str | None:
+def _why_not(gm: fx.GraphModule, nodes: Sequence[fx.Node], aliases: Aliases) -> str | None:
     if not any(isinstance(node.target, LoweredLayerChoice) for node in nodes):
         return "no choice of layers is connected to it"
     inside = set(nodes)
     border = {x for node in nodes for x in node.all_input_nodes} | inside
     bases = {base_of(gm, value) for value in border}
     for node in gm.graph.nodes:
-        if node not in inside:
-            for value in changed_values(gm, node):
-                if base_of(gm, value) in bases:
-                    return f"{node.name} may change {value.name} in place"
+        if node not in inside and aliases.changed(node) & bases:
+            values = ", ".join(value.name for value in changed_values(gm, node))
+            return f"{node.name} may change {values} in place"
     return None
 
 

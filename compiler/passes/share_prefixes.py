@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import fx, nn
 
+from nascompile.compiler.aliases import Aliases
 from nascompile.compiler.candidates import Candidate, read_once
-from nascompile.compiler.inplace import base_of, changed_values
+from nascompile.compiler.inplace import base_of
 from nascompile.compiler.lower import LoweredLayerChoice, Shared, SharedCall
 
 
@@ -31,11 +32,10 @@ def share_prefixes(gm: fx.GraphModule) -> int:
     equal; it is computed only if a chosen candidate needs it. Not done where anything may change the source
     in place: an operation, a module that was not looked into, a candidate.
     """
-    changed = {
-        base_of(gm, value)
-        for node in gm.graph.nodes
-        for value in (*changed_values(gm, node), *_changed_by_candidates(gm, node))
-    }
+    aliases, changed = Aliases(gm), set[fx.Node]()
+    for node in gm.graph.nodes:
+        changed |= aliases.changed(node)
+        changed.update(base_of(gm, value) for value in _changed_by_candidates(gm, node))
     saved = 0
     for source, nodes in _choices_by_source(gm).items():
         consumers, reason = _consumers(gm, nodes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import fx, nn
@@ -24,11 +24,18 @@ MERGED = "its candidates are merged into one layer"
 class Members:
     """Says which nodes a region may hold, and keeps the candidates it read on the way.
 
-    `outside`: nodes that no plan could have.
+    `outside`: nodes that no plan could have. `seen`: those that must run as written because of what changes
+    in place, with the reason (`Aliases`).
     """
 
-    def __init__(self, gm: fx.GraphModule, outside: Collection[fx.Node] = ()) -> None:
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        outside: Collection[fx.Node] = (),
+        seen: Mapping[fx.Node, str] | None = None,
+    ) -> None:
         self.gm = gm
+        self._seen = seen or {}
         self.known: dict[Any, Candidate | str] = gm.meta.setdefault("candidates", {})
         self.candidates: dict[LoweredChoice, list[tuple[nn.Module, Candidate]]] = {}
         self.supported: dict[fx.Node, bool] = {}
@@ -56,6 +63,8 @@ class Members:
             self.gm.meta["guards"].saw(module, name, attribute(module, name))
 
     def _why_not(self, node: fx.Node) -> str | None:
+        if node in self._seen:
+            return self._seen[node]
         if isinstance(node.target, LoweredChoice):
             strange = self._detours.why_strange(node)
             if strange is not None:

@@ -172,3 +172,106 @@ def test_memory_of_many_graphs_is_not_kept() -> None:
     del outputs
     (region,) = regions(compiled)
     assert len(region._memory._free) == execution.KEPT
+
+
+class Doubled(nn.Module):
+    """Holds a model and calls it as a module, or in `way`."""
+
+    def __init__(self, inner: nn.Module, way: Callable[[Any, Tensor], Tensor] | None = None) -> None:
+        super().__init__()
+        self.inner, self.way = inner, way
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.inner(x) if self.way is None else self.way(self.inner, x)) * 2
+
+
+def doubled(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return output * 2
+
+
+def branching(inner: Any, x: Tensor) -> Tensor:
+    return inner(x) if x.sum() > -1e9 else x
+
+
+WAYS: dict[str, Any] = {
+    "module": None,
+    "forward": lambda inner, x: inner.forward(x),
+    "part": lambda inner, x: inner.stem(x),
+    "island": branching,
+}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("change", ["none", "hook", "hook inside", "used before"])
+def test_a_compiled_model_inside_of_another(way: Any, change: str) -> None:
+    x, results = images(), []
+    untouched = dict(nn.Module.__dict__)
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        net = Net()
+        # `forward` of a compiled model runs the hooks of its model
+        inner = net if way is None and not compiled else nascompile.compile(net)
+        big: Any = Doubled(inner, way)
+        mutator = Decided(big)
+        called = nascompile.compile(big) if compiled else big
+        if change.startswith("hook"):
+            (net if change == "hook inside" else inner).register_forward_hook(doubled)
+        found = []
+        for values in ([0.1, 0.2, 0.3, 0.4], [True, False, False, False], [False, False, False, True]):
+            given = x.clone().requires_grad_()
+            masks = {
+                key: torch.tensor(values[: len(choice)], requires_grad=isinstance(values[0], float))
+                for key, choice in mutator.choices_by_key.items()
+            }
+            masks["b"] = masks["b"] if isinstance(values[0], float) else torch.tensor([False, True, False])
+            mutator.decide(masks)
+            if change == "used before":
+                inner(x)
+            big.zero_grad()
+            out = called(given)
+            out.square().mean().backward()
+            gradients = [given.grad, *(p.grad for p in net.parameters()), *(m.grad for m in masks.values())]
+            found.append((out, gradients, [buffer.clone() for buffer in net.buffers()]))
+        results.append(found)
+        if compiled and way is None and "hook" not in change:
+            assert not called.islands
+            assert regions(called)
+    assert dict(nn.Module.__dict__) == untouched
+    nn.Linear(2, 2)
+    assert_close(results[1], results[0], rtol=1e-3, atol=1e-5)
+
+
+def test_who_else_watches_attributes_goes_on_watching(monkeypatch: pytest.MonkeyPatch) -> None:
+    def watching(module: nn.Module, name: str) -> Any:
+        return object.__getattribute__(module, name)
+
+    monkeypatch.setattr(nn.Module, "__getattribute__", watching, raising=False)
+    model, _ = decided()
+    assert not nascompile.compile(model, images()).islands
+    assert nn.Module.__getattribute__ is watching
+
+
+def test_a_candidate_that_is_a_compiled_model() -> None:
+    inner: Any = nn.Sequential(nn.Dropout(0.5), nn.Conv2d(8, 8, 1))
+    model, _ = decided()
+    model.a[0] = nascompile.compile(inner)
+    compiled, x = nascompile.compile(model), images()
+    for mode in (True, False):
+        model.train(mode)
+        torch.manual_seed(0)
+        expected = model(x)
+        torch.manual_seed(0)
+        assert_close(compiled(x), expected, **TOLERANCE)
+
+
+def test_attributes_of_a_compiled_model_inside_of_another_count() -> None:
+    net = nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 4))
+    big = Doubled(nascompile.compile(net))
+    called, x = nascompile.compile(big), torch.ones(2, 4)
+    called(x)
+    big.eval()
+    assert_close(called(x), 2 * net[1](x))
+    net.append(nn.ReLU())
+    assert_close(called(x), 2 * net[1](x).relu())
+    net.register_forward_hook(doubled)
+    assert_close(called(x), 4 * net[1](x).relu())
