@@ -168,8 +168,8 @@ def test_hooks_of_parameters_are_called_where_gradients_arrive(kind: str) -> Non
 
 
 def test_what_has_no_gradient_to_give_wants_none() -> None:
-    model = nn.Sequential(LayerChoice([SepConv(8, 3), nn.Identity(), Unit("acb", 8)], key="choice")).double()
-    model[0][2].requires_grad_(False)
+    frozen = Unit("acb", 8).requires_grad_(False)
+    model = nn.Sequential(LayerChoice([SepConv(8, 3), nn.Identity(), frozen], key="choice")).double()
     mutator, compiled = Decided(model), nascompile.compile(model)
     for index, wants in enumerate((True, False, False)):
         mutator.decide({"choice": torch.arange(3) == index})
