@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 
 import torch
 from torch import Tensor
 
 from nascompile.compiler.region.ir import Conv, Graph, Norm, Op, TensorRef, Weight
-from nascompile.compiler.region.types import is_computed
-
-_TYPE_OF = operator.attrgetter("dtype")
-LIVE_LIMIT = 4096
-"""Decisions for which it is kept what they need."""
+from nascompile.compiler.region.remembered import remembered
+from nascompile.compiler.region.types import TYPE_OF, is_computed
 
 
 class Copies:
@@ -53,7 +50,7 @@ class DenseTensors:
         does not need stays as it is."""
         found = list(values)
         fitting = {self._graph.dtype, torch.int64}
-        if fitting.issuperset(map(_TYPE_OF, found)) and all(map(Tensor.is_contiguous, found)):
+        if fitting.issuperset(map(TYPE_OF, found)) and all(map(Tensor.is_contiguous, found)):
             return found
         # one tensor that several modules hold has one copy
         filled: dict[int, Tensor] = {}
@@ -102,14 +99,13 @@ class DenseTensors:
         return copy
 
     def _needed(self, chosen: frozenset[Weight]) -> list[int]:
-        found = self._live.get(chosen)
-        if found is None:
-            if len(self._live) >= LIVE_LIMIT:
-                self._live.clear()
+
+        def find() -> list[int]:
             computed = (value for value in self._graph.values if is_computed(value, chosen))
             live = {ref for value in computed for ref in refs_of(value.op)}
-            found = self._live[chosen] = [k for k, ref in enumerate(self.refs) if ref in live]
-        return found
+            return [k for k, ref in enumerate(self.refs) if ref in live]
+
+        return remembered(self._live, chosen, find)
 
 
 def parameters_of(graph: Graph) -> list[TensorRef]:
@@ -124,36 +120,26 @@ def parameters_of(graph: Graph) -> list[TensorRef]:
 
 def buffers_of(graph: Graph) -> list[TensorRef]:
     """The running statistics that a region updates, each once."""
-    found: dict[TensorRef, None] = {}
-    for value in graph.values:
-        op = value.op
-        if isinstance(op, Norm) and op.updates:
-            refs = (op.running_mean, op.running_var, op.counter)
-            found.update(dict.fromkeys(ref for ref in refs if ref is not None))
-    return list(found)
+    return _statistics(op for op in _norms(graph) if op.updates)
 
 
 def fixed_of(graph: Graph) -> list[TensorRef]:
     """The running statistics that a region reads and leaves as they are, each once."""
-    refs = (
-        ref
-        for value in graph.values
-        if isinstance(value.op, Norm) and not value.op.by_batch
-        for ref in (value.op.running_mean, value.op.running_var)
-        if ref is not None
-    )
-    return list(dict.fromkeys(refs))
+    fixed = _statistics(op for op in _norms(graph) if not op.by_batch)
+    return [ref for ref in fixed if ref.name != "num_batches_tracked"]
 
 
 def running_of(graph: Graph) -> list[TensorRef]:
     """All running statistics that a region reads or updates, each once."""
-    refs = (
-        ref
-        for value in graph.values
-        if isinstance(value.op, Norm)
-        for ref in (value.op.running_mean, value.op.running_var, value.op.counter)
-        if ref is not None
-    )
+    return _statistics(_norms(graph))
+
+
+def _norms(graph: Graph) -> Iterator[Norm]:
+    return (value.op for value in graph.values if isinstance(value.op, Norm))
+
+
+def _statistics(norms: Iterable[Norm]) -> list[TensorRef]:
+    refs = (ref for op in norms for ref in (op.running_mean, op.running_var, op.counter) if ref is not None)
     return list(dict.fromkeys(refs))
 
 

@@ -30,15 +30,12 @@ from nascompile.compiler.region.kept import Kept, kept
 from nascompile.compiler.region.plan import Direction, Plan
 from nascompile.compiler.region.profiling import active
 from nascompile.compiler.region.reached import GradientMemory, Reached, reached
+from nascompile.compiler.region.remembered import remembered
 from nascompile.compiler.region.types import Boundaries
 from nascompile.kernels.plan.program import ALIGNMENT
 from nascompile.kernels.plan.run import run_timed
 
 _WANTS_GRADIENT = operator.attrgetter("requires_grad")
-FLAG_LIMIT = 4096
-"""Decisions whose flags are kept."""
-
-
 LARGE = 1 << 22
 """Bytes from which on memory is asked for in large pages."""
 
@@ -170,14 +167,12 @@ class Execution:
 
     def flags(self, chosen: frozenset[Weight]) -> tuple[Tensor, list[bool]]:
         """The flags under a decision."""
-        found = self._flags.get(chosen)
-        if found is None:
+
+        def find() -> tuple[Tensor, list[bool]]:
             values = self.plan.flags.evaluate(chosen)
-            found = as_tensor(values), values
-            if len(self._flags) >= FLAG_LIMIT:
-                self._flags.clear()
-            self._flags[chosen] = found
-        return found
+            return as_tensor(values), values
+
+        return remembered(self._flags, chosen, find)
 
     def forward(
         self,
@@ -249,35 +244,32 @@ class Execution:
 
     def _reached(self, chosen: frozenset[Weight]) -> Reached:
         """What has a gradient under a decision."""
-        found = self._reached_by.get(chosen)
-        if found is None:
+
+        def find() -> Reached:
             values = self.flags(chosen)[1]
             sources = range(len(self.plan.graph.sources))
-            found = reached(
+            return reached(
                 self.shapes,
                 [self.is_reached(ref, values) for ref in self.parameters],
                 [ref in self.plan.whole for ref in self.parameters],
                 [self.is_reached(("input", index), values) for index in sources],
             )
-            if len(self._reached_by) >= FLAG_LIMIT:
-                self._reached_by.clear()
-            self._reached_by[chosen] = found
-        return found
+
+        return remembered(self._reached_by, chosen, find)
 
     def kept(self, chosen: frozenset[Weight]) -> Kept:
         """The parameters that a backward pass under a decision depends on."""
-        found = self._kept.get(chosen)
-        if found is None:
-            if len(self._kept) >= FLAG_LIMIT:
-                self._kept.clear()
+
+        def find() -> Kept:
             asks = self.wanted is not None and self.wanted.parameters
             outputs = map(gradient_of_output, range(len(self.plan.graph.outputs)))
             values = self.flags(chosen.union((WITH_PARAMETERS, *outputs)))[1]
-            found = self._kept[chosen] = kept(
+            return kept(
                 *(self.plan.graph, self.parameters, chosen),
                 (lambda ref: self.is_reached(ref, values)) if asks else None,
             )
-        return found
+
+        return remembered(self._kept, chosen, find)
 
     def is_reached(self, what: Any, values: Sequence[bool]) -> bool:
         """Whether there is a gradient of a parameter, an input or a decision under flags of these values."""

@@ -37,12 +37,11 @@ from nascompile.compiler.region.ir import (
     Weight,
     Zero,
 )
+from nascompile.compiler.region.remembered import remembered
 from nascompile.kernels.plan.reference import ACTIVATIONS
 
 Dtypes = tuple[torch.dtype, ...]
-_TYPE_OF = operator.attrgetter("dtype")
-ANSWER_LIMIT = 4096
-"""Combinations of decisions and types whose outputs' types are kept for a plan."""
+TYPE_OF = operator.attrgetter("dtype")
 
 
 def working_type(types: Iterable[torch.dtype]) -> torch.dtype | None:
@@ -225,18 +224,13 @@ class Boundaries:
     def of(self, tensors: Sequence[Tensor], chosen: frozenset[Weight]) -> Boundary | str:
         """The boundary of a call; a string says why the program as written has to run, or fail."""
         inputs = tuple(tensor.dtype for tensor in tensors)
-        own = tuple(map(_TYPE_OF, map(operator.getitem, self._holders, self._names)))
+        own = tuple(map(TYPE_OF, map(operator.getitem, self._holders, self._names)))
         autocast = autocast_type(self._graph.device)
         working = self._graph.dtype
         if autocast is None and {*inputs, *own} == {working}:
             return Boundary(inputs, (working,) * len(self._graph.outputs), self._graph.device, None)
         key = (inputs, own, autocast, chosen)
-        found = self._known.get(key)
-        if found is None:
-            if len(self._known) >= ANSWER_LIMIT:
-                self._known.clear()
-            found = self._known[key] = self._read(inputs, autocast, chosen)
-        return found
+        return remembered(self._known, key, lambda: self._read(inputs, autocast, chosen))
 
     def _read(
         self, inputs: Dtypes, autocast: torch.dtype | None, chosen: frozenset[Weight]

@@ -113,7 +113,7 @@ class Walk {
 
   template <int kPixels>
   void next(const float* (&source)[kPixels], float* volatile (&target)[kPixels]) {
-#pragma GCC unroll 16
+#pragma GCC unroll 8
     for (int p = 0; p < kPixels; ++p) {
       source[p] = source_;
       target[p] = target_;

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import nascompile
-from nascompile.mutables import LayerChoice
+from nascompile.mutables import InputChoice, LayerChoice
 from tests.comparing import Decided, assert_same, step
 from tests.compiler.region_models import Case, MBConv, SepConv, Unit
 from tests.compiler.region_steps import build, decide, images, regions
@@ -26,6 +26,19 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.end(self.op(self.stem(x)))
+
+
+class Unreached(nn.Module):
+    """Of two edges the decision may leave out one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = LayerChoice([Unit("acb", 8), SepConv(8, 3)])
+        self.two = LayerChoice([Unit("acb", 8), SepConv(8, 3)])
+        self.choose = InputChoice(n_candidates=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.choose([self.one(x), self.two(x)])
 
 
 NET = Case("net", Net)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import nascompile
-from nascompile.mutables import InputChoice, LayerChoice
+from nascompile.mutables import LayerChoice
 from tests.comparing import CLOSE, Decided, assert_close, assert_same
 from tests.compiler.region_models import Case, SepConv, Unit
-from tests.compiler.region_pairs import NET, Pair
+from tests.compiler.region_pairs import NET, Pair, Unreached
 from tests.compiler.region_steps import fp64_plans, images, regions
 
 
@@ -269,22 +269,9 @@ def test_what_backward_needs_may_not(name: str, frozen: bool) -> None:
     assert pair.plans
 
 
-class Edges(nn.Module):
-    """The second choice decides whether the first one's output is used."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one = LayerChoice([Unit("acb", 8), SepConv(8, 3)])
-        self.two = LayerChoice([Unit("acb", 8), SepConv(8, 3)])
-        self.choose = InputChoice(n_candidates=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.choose([self.one(x), self.two(x)])
-
-
 @pytest.mark.parametrize("compile_it", [True, False])
 def test_what_another_decision_leaves_out_may_change(compile_it: bool) -> None:
-    model: Any = Edges().double()
+    model: Any = Unreached().double()
     Decided(model).decide(
         {
             "LayerChoice1": torch.tensor([True, False]),

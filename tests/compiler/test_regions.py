@@ -15,6 +15,7 @@ from tests import numerics
 from tests.comparing import Decided, assert_close, assert_same, step
 from tests.compiler import region_layouts, region_models, region_patterns, region_vectors
 from tests.compiler.region_models import Case, Nothing, SepConv, Unit
+from tests.compiler.region_pairs import Unreached
 from tests.compiler.region_steps import (
     assert_regions,
     assert_rounds_closer,
@@ -107,19 +108,6 @@ class NormTwice(nn.Module):
 
 def test_a_norm_called_twice_updates_its_statistics_in_the_order_of_the_program() -> None:
     assert_same(*compared(NormTwice, {"LayerChoice1": [0.5, 0.5]}))
-
-
-class Unreached(nn.Module):
-    """Of two edges the decision may leave out one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one = LayerChoice([Unit("acb", 8), SepConv(8, 3)])
-        self.two = LayerChoice([Unit("acb", 8), SepConv(8, 3)])
-        self.choose = InputChoice(n_candidates=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.choose([self.one(x), self.two(x)])
 
 
 def test_decisions_that_are_not_reached_have_no_gradient() -> None:

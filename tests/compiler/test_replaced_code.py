@@ -14,11 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import nascompile
 from nascompile.compiler.unit import ENTRY_LIMIT
 from nascompile.mutables import LayerChoice
-from nascompile.random import RandomMutator
 from tests.compiler import replaced_names
+from tests.compiler.replacing import Change, Use, assert_seen, compiled
 
 SCALE = 2.0
 TABLE = {"factors": {"first": 1.0}}
@@ -124,10 +123,6 @@ class Base(nn.Module):
 class Derived(Base):
     def helper(self, x: Tensor) -> Tensor:
         return super().helper(x) + 1
-
-
-Use = Callable[[Any, Tensor], Tensor]
-Change = Callable[[Any, pytest.MonkeyPatch], object]
 
 
 def this() -> Any:
@@ -266,23 +261,9 @@ CASES: dict[str, tuple[Use, Change]] = {
 }
 
 
-def compiled(use: Use) -> tuple[Any, Any, Tensor]:
-    torch.manual_seed(0)
-    model = type("Model", (Derived,), {"use": use, "__module__": __name__})()
-    RandomMutator(model).reset()
-    return model, nascompile.compile(model), torch.randn(2, 4, 8, 8)
-
-
 @pytest.mark.parametrize(("use", "change"), CASES.values(), ids=CASES)
 def test_what_is_replaced_is_seen(use: Use, change: Change, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, network, x = compiled(use)
-    before = network(x)
-    network(x)
-    change(model, monkeypatch)
-    torch.testing.assert_close(network(x), model(x))
-    assert not torch.allclose(before, model(x))
-    assert not network.islands
-    assert len(network.entries) == 2
+    assert_seen(Derived, use, change, monkeypatch)
 
 
 UNREAD: dict[str, Change] = {
@@ -295,7 +276,7 @@ UNREAD: dict[str, Change] = {
 
 @pytest.mark.parametrize("change", UNREAD.values(), ids=UNREAD)
 def test_what_is_not_read_makes_no_trace(change: Change, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, network, x = compiled(lambda self, x: self.helper(self.act(x)) * SCALE)
+    model, network, x = compiled(Derived, lambda self, x: self.helper(self.act(x)) * SCALE)
     network(x)
     network(x)
     change(model, monkeypatch)
@@ -315,7 +296,7 @@ def counts(self: Any, x: Tensor) -> Tensor:
 def test_a_forward_that_assigns_a_global_runs_as_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Derived, "forward", counts)
     monkeypatch.setitem(this(), "COUNT", 0)
-    _, network, x = compiled(lambda self, x: x)
+    _, network, x = compiled(Derived, lambda self, x: x)
     ones = [network(x) for _ in range(3)]
     assert COUNT == 3
     torch.testing.assert_close(ones[2], 3 * ones[0])
@@ -332,7 +313,7 @@ def counted(x: Tensor) -> Tensor:
 
 
 def test_a_function_that_counts_its_calls_runs_as_written_after_many_traces() -> None:
-    model, network, x = compiled(lambda self, x: counted(x))
+    model, network, x = compiled(Derived, lambda self, x: counted(x))
     for _ in range(ENTRY_LIMIT + 1):
         network(x)
     one, other = network(x), model(x)
@@ -344,7 +325,7 @@ LARGE = {str(number): 2.0 for number in range(1000)}
 
 
 def test_of_a_large_table_the_length_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, network, x = compiled(lambda self, x: x * (LARGE["0"] if "new" not in LARGE else 3.0))
+    model, network, x = compiled(Derived, lambda self, x: x * (LARGE["0"] if "new" not in LARGE else 3.0))
     network(x)
     monkeypatch.setitem(LARGE, "new", 1.0)
     torch.testing.assert_close(network(x), model(x))

@@ -5,19 +5,12 @@ from __future__ import annotations
 import types
 from array import array
 from collections import ChainMap, UserDict
-from collections.abc import Callable
-from typing import Any
 
 import pytest
-import torch
 from torch import Tensor, nn
 
-import nascompile
 from nascompile.mutables import LayerChoice
-from nascompile.random import RandomMutator
-
-Use = Callable[[Any, Tensor], Tensor]
-Change = Callable[[Any, pytest.MonkeyPatch], object]
+from tests.compiler.replacing import Change, Use, assert_seen
 
 
 class Labelled(list[float]):
@@ -113,14 +106,4 @@ CASES: dict[str, tuple[Use, Change]] = {
 
 @pytest.mark.parametrize(("use", "change"), CASES.values(), ids=CASES)
 def test_what_changes_in_place_is_seen(use: Use, change: Change, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    model: Any = type("Model", (Base,), {"use": use, "__module__": __name__})()
-    RandomMutator(model).reset()
-    network, x = nascompile.compile(model), torch.randn(2, 4, 8, 8)
-    before = network(x)
-    network(x)
-    change(model, monkeypatch)
-    torch.testing.assert_close(network(x), model(x))
-    assert not torch.allclose(before, model(x))
-    assert not network.islands
-    assert len(network.entries) == 2
+    assert_seen(Base, use, change, monkeypatch)

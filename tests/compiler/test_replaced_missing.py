@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-import nascompile
 from nascompile.mutables import LayerChoice
-from nascompile.random import RandomMutator
 from tests.compiler import replaced_names
-
-Use = Callable[[Any, Tensor], Tensor]
-Change = Callable[[Any, pytest.MonkeyPatch], object]
+from tests.compiler.replacing import Change, Use, assert_seen, compiled
 
 
 class Settings:
@@ -157,23 +152,9 @@ CASES: dict[str, tuple[Use, Change]] = {
 }
 
 
-def compiled(use: Use) -> tuple[Any, Any, Tensor]:
-    torch.manual_seed(0)
-    model = type("Model", (Base,), {"use": use, "__module__": __name__})()
-    RandomMutator(model).reset()
-    return model, nascompile.compile(model), torch.randn(2, 4, 8, 8)
-
-
 @pytest.mark.parametrize(("use", "change"), CASES.values(), ids=CASES)
 def test_what_comes_and_goes_is_seen(use: Use, change: Change, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, network, x = compiled(use)
-    before = network(x)
-    network(x)
-    change(model, monkeypatch)
-    torch.testing.assert_close(network(x), model(x))
-    assert not torch.allclose(before, model(x))
-    assert not network.islands
-    assert len(network.entries) == 2
+    assert_seen(Base, use, change, monkeypatch)
 
 
 OTHERS: dict[str, Change] = {
@@ -185,7 +166,7 @@ OTHERS: dict[str, Change] = {
 
 @pytest.mark.parametrize("change", OTHERS.values(), ids=OTHERS)
 def test_other_tensors_make_no_trace(change: Change, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, network, x = compiled(lambda self, x: x * self.weight + self.buffer * self.plain)
+    model, network, x = compiled(Base, lambda self, x: x * self.weight + self.buffer * self.plain)
     before = network(x)
     change(model, monkeypatch)
     torch.testing.assert_close(network(x), model(x))
