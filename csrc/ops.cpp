@@ -9,19 +9,11 @@ STABLE_TORCH_LIBRARY(nascompile, m) {
   m.def("mixed_sum(Tensor[] inputs, Tensor weights) -> Tensor");
   m.def("mixed_sum_backward(Tensor grad, Tensor[] inputs, Tensor weights, bool[] needs_input, bool needs_weights) -> (Tensor[], Tensor)");
   // clang-format on
-  // without a reference in python: kernels/plan/run.py
-  m.def(
-      "run_plan(Tensor program, Tensor(a!) slab, Tensor(b!) work, Tensor flags, Tensor(c!)[] tensors) -> ()");
-  m.def(
-      "profile_plan(Tensor program, Tensor(a!) slab, Tensor(b!) work, Tensor flags, Tensor(c!)[] tensors, "
-      "Tensor(d!) seconds) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(nascompile, CPU, m) {
   m.impl("mixed_sum", TORCH_BOX(&nascompile::mixed_sum_cpu));
   m.impl("mixed_sum_backward", TORCH_BOX(&nascompile::mixed_sum_backward_cpu));
-  m.impl("run_plan", TORCH_BOX(&nascompile::run_plan_cpu));
-  m.impl("profile_plan", TORCH_BOX(&nascompile::profile_plan_cpu));
 }
 
 #ifdef NASCOMPILE_CUDA

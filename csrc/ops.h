@@ -26,20 +26,4 @@ std::tuple<std::vector<Tensor>, Tensor> mixed_sum_backward_cuda(
     const std::vector<bool>& needs_input,
     bool needs_weights);
 
-void run_plan_cpu(
-    const Tensor& program,
-    const Tensor& slab,
-    const Tensor& work,
-    const Tensor& flags,
-    const std::vector<Tensor>& tensors);
-
-// The same, and adds what every operation took to `seconds`: fp64, [chunks][operations].
-void profile_plan_cpu(
-    const Tensor& program,
-    const Tensor& slab,
-    const Tensor& work,
-    const Tensor& flags,
-    const std::vector<Tensor>& tensors,
-    const Tensor& seconds);
-
 }  // namespace nascompile

@@ -1,6 +1,7 @@
 #include "plan_ahead.h"
 
 #include <algorithm>
+#include <unordered_set>
 
 #include "plan_uses.h"
 
@@ -14,23 +15,31 @@ constexpr int64_t kLine = 16;
 
 }  // namespace
 
-void Readings::add(const Map& map, bool is_read) {
-  if (map.space != kSlab || !known_.insert(map.offset).second || !is_read || 2 * map.channels < map.pixel) {
-    return;
+Readings::Readings(const Operation* begin, const Operation* end, const int64_t* program, const uint8_t* flags) {
+  std::unordered_set<int64_t> known;  // offsets of maps that were read or written
+  for (const Operation* step = begin; step != end; ++step) {
+    starts.push_back(static_cast<int64_t>(stretches.size()));
+    std::vector<Stretch> maps;
+    visit_uses(step->kind, step->fields, step->begins, program, flags, [&](const Map& map, Use use) {
+      if (map.space != kSlab || !known.insert(map.offset).second || use != Use::reads || 2 * map.channels < map.pixel) {
+        return;
+      }
+      const int64_t count = (map.height - 1) * map.row + (map.width - 1) * map.pixel + map.channels;
+      maps.push_back({map.offset, map.image, count, 0});
+    });
+    interleave(maps);
   }
-  const int64_t count = (map.height - 1) * map.row + (map.width - 1) * map.pixel + map.channels;
-  step_.push_back({map.offset, map.image, count, 0});
 }
 
 // A step reads its maps side by side: a few rows of each at a time.
-void Readings::interleave() {
+void Readings::interleave(const std::vector<Stretch>& maps) {
   int64_t longest = 0;
-  for (const Stretch& map : step_) {
+  for (const Stretch& map : maps) {
     longest = std::max(longest, map.floats);
   }
   const int64_t parts = (longest + kPart - 1) / kPart;
   for (int64_t part = 0; part < parts; ++part) {
-    for (const Stretch& map : step_) {
+    for (const Stretch& map : maps) {
       const auto end = [&](int64_t number) { return map.floats * number / parts / kLine * kLine; };
       const int64_t begin = end(part);
       const int64_t count = (part + 1 == parts ? map.floats : end(part + 1)) - begin;
@@ -40,15 +49,6 @@ void Readings::interleave() {
       }
     }
   }
-  step_.clear();
-}
-
-void Readings::add(const Operation& step, const int64_t* program, const uint8_t* flags) {
-  starts.push_back(static_cast<int64_t>(stretches.size()));
-  visit_uses(step.kind, step.fields, step.begins, program, flags, [&](const Map& map, Use use) {
-    add(map, use == Use::reads);
-  });
-  interleave();
 }
 
 void Ahead::begin(int64_t turn, int64_t step) {

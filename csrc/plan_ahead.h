@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <unordered_set>
 #include <vector>
 
 #include "plan.h"
@@ -20,15 +19,11 @@ struct Readings {
   std::vector<int64_t> starts;  // per step: how many stretches the steps before it read
   int64_t floats = 0;           // of all stretches
 
-  // The next step, whose flag holds.
-  void add(const Operation& step, const int64_t* program, const uint8_t* flags);
+  // Of steps whose flags hold.
+  Readings(const Operation* begin, const Operation* end, const int64_t* program, const uint8_t* flags);
 
  private:
-  void add(const Map& map, bool is_read);
-  void interleave();
-
-  std::vector<Stretch> step_;           // that the present step reads
-  std::unordered_set<int64_t> known_;  // offsets of maps that were read or written
+  void interleave(const std::vector<Stretch>& maps);
 };
 
 // The order in which one chunk goes over its images.

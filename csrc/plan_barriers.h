@@ -12,27 +12,36 @@ inline int64_t aligned(int64_t floats) {
   return (floats + kAlignment - 1) / kAlignment * kAlignment;
 }
 
+// Floats. What two threads write lies in different pages: prefetchers go on beyond what one of them reads, up to the end of
+// a page, and would take from the other what it is about to write.
+constexpr int64_t kPage = 1024;
+
+inline int64_t whole_pages(int64_t floats) {
+  return (floats + kPage - 1) / kPage * kPage;
+}
+
+// Floats of work memory of a chunk: [sums | gradients | scratch], each aligned.
+inline int64_t chunk_size(const Header& header) {
+  return whole_pages(aligned(2 * header.sums) + aligned(header.gradients) + aligned(header.scratch));
+}
+
 // A run of a program: everything that all its chunks share.
 struct Run {
   const int64_t* program;
   float* slab;
-  float* work;  // per chunk: [sums | gradients | scratch], each aligned
+  float* work;  // of all chunks, one after another
   const uint8_t* flags;
   void* const* tensors;
-  const int64_t* rows;  // per tensor: elements of one index of the first dimension
-  bool streams;         // as in Image
+  bool streams;  // as in Image
 
   const Header& header() const {
     return *reinterpret_cast<const Header*>(program);
   }
-  int64_t chunk_size() const {
-    return aligned(2 * header().sums) + aligned(header().gradients) + aligned(header().scratch);
-  }
   double* sums(int64_t chunk) const {
-    return reinterpret_cast<double*>(work + chunk * chunk_size());
+    return reinterpret_cast<double*>(work + chunk * chunk_size(header()));
   }
   float* gradients(int64_t chunk) const {
-    return work + chunk * chunk_size() + aligned(2 * header().sums);
+    return work + chunk * chunk_size(header()) + aligned(2 * header().sums);
   }
   float* scratch(int64_t chunk) const {
     return gradients(chunk) + aligned(header().gradients);

@@ -23,11 +23,14 @@ _NOT_TENSORS = (None,) * 4
 
 
 def call(
-    execution: Execution, decisions: Decisions, tensors: Sequence[Tensor], fallback: Callable[..., Any]
+    execution: Execution,
+    decisions: Decisions,
+    tensors: Sequence[Tensor],
+    parameters: list[Tensor],
+    fallback: Callable[..., Any],
 ) -> tuple[Tensor, ...]:
     """The outputs of a region, with gradients where autograd wants them."""
     vectors = list(decisions.vectors.values())
-    parameters = execution.dense_parameters.values()
     if execution.wanted is not None:
         # autograd is told of what the decision leads to: others have no hooks to call, and no gradient
         reached = execution.kept(decisions.chosen).reached_of(parameters)

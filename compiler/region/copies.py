@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from nascompile.compiler.region.ir import Conv, Graph, Norm, Op, TensorRef, Weight
 from nascompile.compiler.region.remembered import remembered
 from nascompile.compiler.region.types import TYPE_OF, is_computed
+from nascompile.kernels.facts import Facts
 
 
 class Copies:
@@ -31,6 +32,14 @@ class Copies:
         return copy
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Look:
+    """How tensors look; fits: whether the executor takes all of them as they are."""
+
+    facts: Facts
+    fits: bool
+
+
 class DenseTensors:
     """The tensors that `refs` refer to, as the executor of a plan wants them. Call without gradients."""
 
@@ -38,20 +47,30 @@ class DenseTensors:
         self._graph, self.refs, self._copies = graph, refs, copies
         self._sizes = [ref.value.numel() for ref in refs]
         self._dicts, self._names = [ref.dictionary for ref in refs], [ref.name for ref in refs]
+        self._types = [torch.int64 if ref.is_counter else graph.dtype for ref in refs]
         self._own: list[Tensor | None] = [None] * len(refs)
+        self._last: Look | None = None
         self._live: dict[frozenset[Weight], list[int]] = {}
 
     def values(self) -> list[Tensor]:
         """The tensors now."""
         return list(map(operator.getitem, self._dicts, self._names))
 
-    def of(self, values: Sequence[Tensor], chosen: frozenset[Weight]) -> list[Tensor]:
+    def look(self, values: Sequence[Tensor]) -> Look:
+        """How `values` look: the same answer as long as they look the same."""
+        last = self._last
+        if last is None or not last.facts.hold(values):
+            fits = list(map(TYPE_OF, values)) == self._types and all(map(Tensor.is_contiguous, values))
+            last = self._last = Look(Facts(values), fits)
+        return last
+
+    def of(self, values: list[Tensor], chosen: frozenset[Weight]) -> list[Tensor]:
         """`values`, which `refs` refer to: themselves, or copies in the type of the plan. What the decision
         does not need stays as it is."""
+        if self.look(values).fits:
+            return values
         found = list(values)
         fitting = {self._graph.dtype, torch.int64}
-        if fitting.issuperset(map(TYPE_OF, found)) and all(map(Tensor.is_contiguous, found)):
-            return found
         # one tensor that several modules hold has one copy
         filled: dict[int, Tensor] = {}
         sources: list[Tensor] = []
@@ -89,6 +108,8 @@ class DenseTensors:
         self, values: Sequence[Tensor], copies: Sequence[Tensor], chosen: frozenset[Weight]
     ) -> None:
         """Round what `of` gave for `values`, where it was copies, into these."""
+        if copies is values:
+            return
         changed = [k for k in self._needed(chosen) if copies[k] is not values[k]]
         _copy([values[k] for k in changed], [copies[k] for k in changed])
 
@@ -126,7 +147,7 @@ def buffers_of(graph: Graph) -> list[TensorRef]:
 def fixed_of(graph: Graph) -> list[TensorRef]:
     """The running statistics that a region reads and leaves as they are, each once."""
     fixed = _statistics(op for op in _norms(graph) if not op.by_batch)
-    return [ref for ref in fixed if ref.name != "num_batches_tracked"]
+    return [ref for ref in fixed if not ref.is_counter]
 
 
 def running_of(graph: Graph) -> list[TensorRef]:

@@ -17,6 +17,7 @@ from nascompile.compiler.checks import ModuleSettings
 from nascompile.compiler.region.copies import (
     Copies,
     DenseTensors,
+    Look,
     buffers_of,
     fixed_of,
     parameters_of,
@@ -31,8 +32,8 @@ from nascompile.compiler.region.plan import Direction, Plan
 from nascompile.compiler.region.profiling import active
 from nascompile.compiler.region.reached import GradientMemory, Reached, reached
 from nascompile.compiler.region.remembered import remembered
-from nascompile.compiler.region.types import Boundaries
-from nascompile.kernels.plan.program import ALIGNMENT
+from nascompile.compiler.region.types import Boundaries, Boundary
+from nascompile.kernels.plan.program import PAGE
 from nascompile.kernels.plan.run import run_timed
 
 _WANTS_GRADIENT = operator.attrgetter("requires_grad")
@@ -108,9 +109,9 @@ def _allocate(floats: int, executor: Executor) -> Tensor:
 
 
 def new_memory(floats: int, executor: Executor) -> Tensor:
-    """Memory of the executor's type, aligned as programs need it."""
-    memory = _allocate(floats + ALIGNMENT, executor)
-    skip = -memory.data_ptr() // memory.element_size() % ALIGNMENT
+    """Memory of the executor's type that begins with a page, if only of small ones."""
+    memory = _allocate(floats + PAGE, executor)
+    skip = -memory.data_ptr() // memory.element_size() % PAGE
     return memory[skip : skip + floats]
 
 
@@ -133,13 +134,14 @@ class Execution:
         self._work = max(self.executor.work(direction.program) for direction in directions)
         self.options: dict[str, Any] = {"dtype": self.executor.dtype, "device": self.executor.device}
         self._flags: dict[frozenset[Weight], tuple[Tensor, list[bool]]] = {}
-        self.boundaries = Boundaries(plan.graph, [*self.parameters, *running_of(plan.graph)])
+        self._boundaries = Boundaries(plan.graph, [*self.parameters, *running_of(plan.graph)])
+        self._suiting: Look | None = None
         sources = [("input", index) for index in range(len(plan.graph.sources))]
         fixed = fixed_of(plan.graph)
         self.dense_parameters, self._dense_buffers, self.fixed = (
             DenseTensors(plan.graph, refs, memory.copies) for refs in (self.parameters, self.buffers, fixed)
         )
-        self._counters = [k for k, ref in enumerate(self.buffers) if ref.name == "num_batches_tracked"]
+        self._counters = [k for k, ref in enumerate(self.buffers) if ref.is_counter]
         common = [*sources, *self.parameters, *self.buffers, *fixed, "decision"]
         outputs = range(len(plan.graph.outputs))
         self._forward = _places([*common, *(("output", index) for index in outputs)], plan.forward)
@@ -158,12 +160,27 @@ class Execution:
         """A slab for one run forward and backward."""
         return self._memory.lease(self.plan.slab, self.executor)
 
-    def suits(self, grad: bool) -> bool:
+    def suits(self, parameters: Sequence[Tensor], grad: bool) -> bool:
         """Whether the parameters are still what the plan was made for."""
-        parameters = self.dense_parameters.values()
+        look = self.dense_parameters.look(parameters)
+        if look is self._suiting:
+            return True
         wants = grad and any(map(_WANTS_GRADIENT, parameters))
         has = self.wanted is not None and self.wanted.parameters
-        return wants == has and list(map(Tensor.size, parameters)) == self.shapes
+        if wants != has or list(map(Tensor.size, parameters)) != self.shapes:
+            return False
+        self._suiting = look
+        return True
+
+    def boundary(
+        self, tensors: Sequence[Tensor], parameters: Sequence[Tensor], chosen: frozenset[Weight]
+    ) -> Boundary | str:
+        """The boundary of a call; a string says why the program as written has to run, or fail."""
+        running = ((dense, dense.values()) for dense in (self._dense_buffers, self.fixed))
+        is_plain = self.dense_parameters.look(parameters).fits and all(
+            dense.look(values).fits for dense, values in running
+        )
+        return self._boundaries.of(tensors, chosen, is_plain=is_plain)
 
     def flags(self, chosen: frozenset[Weight]) -> tuple[Tensor, list[bool]]:
         """The flags under a decision."""

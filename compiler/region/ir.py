@@ -42,6 +42,11 @@ class TensorRef:
         return self.module._buffers if self.name in self.module._buffers else self.module._parameters
 
     @property
+    def is_counter(self) -> bool:
+        """Whether it counts the batches of a BatchNorm."""
+        return self.name == "num_batches_tracked"
+
+    @property
     def value(self) -> Tensor:
         """The tensor now."""
         return self.dictionary[self.name]

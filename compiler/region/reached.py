@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -13,12 +14,12 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Reached:
-    """parameters: the numbers of those with a gradient, first those that the program writes as a whole; like:
-    tensors of their sizes, without memory; floats: their elements together, the first `written` of which need
-    not be zeros; inputs: for every input whether it has a gradient."""
+    """parameters: the numbers of those with a gradient, first those that the program writes as a whole; groups:
+    how many in their order have which shape; floats: their elements together, the first `written` of which
+    need not be zeros; inputs: for every input whether it has a gradient."""
 
     parameters: list[int]
-    like: list[Tensor]
+    groups: list[tuple[int, torch.Size]]
     floats: int
     written: int
     inputs: list[bool]
@@ -30,10 +31,11 @@ def reached(
     """For parameters of these shapes, given which of them and of the inputs have a gradient, and which the
     program writes as a whole."""
     there = [k for k, has in enumerate(parameters) if has]
-    numbers = sorted(there, key=lambda k: not whole[k])
-    like = [torch.empty(shapes[k], device="meta") for k in numbers]
+    numbers = sorted(there, key=lambda k: (not whole[k], shapes[k]))
+    by_shape = groupby(numbers, key=lambda k: (whole[k], shapes[k]))
+    groups = [(len(list(members)), shape) for (_, shape), members in by_shape]
     written = sum(shapes[k].numel() for k in there if whole[k])
-    return Reached(numbers, like, sum(shapes[k].numel() for k in there), written, list(inputs))
+    return Reached(numbers, groups, sum(shapes[k].numel() for k in there), written, list(inputs))
 
 
 class GradientMemory:
@@ -57,12 +59,18 @@ class GradientMemory:
         if flat is None or flat.numel() != wanted.floats or _is_held(flat):
             flat = torch.empty(wanted.floats, **self._options)
         flat[wanted.written :].zero_()
-        pieces = torch._C._nn.unflatten_dense_tensors(flat, wanted.like)  # type: ignore[attr-defined]
         found = [absent] * count
-        for number, piece in zip(wanted.parameters, pieces, strict=True):
+        for number, piece in zip(wanted.parameters, _pieces(flat, wanted.groups), strict=True):
             found[number] = piece
         self._flat = flat
         return found
+
+
+def _pieces(flat: Tensor, groups: Sequence[tuple[int, torch.Size]]) -> Iterator[Tensor]:
+    """Tensors in the memory of `flat`, one after another: those of one shape by one operation."""
+    sizes = [count * shape.numel() for count, shape in groups]
+    for part, (count, shape) in zip(flat.split(sizes), groups, strict=True):
+        yield from part.view(count, *shape).unbind()
 
 
 def _is_held(flat: Tensor) -> bool:

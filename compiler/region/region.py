@@ -102,16 +102,17 @@ class Region:
         decisions = executor if isinstance(executor, str) else read_decisions(self.choices, executor)
         if isinstance(executor, str) or isinstance(decisions, str):
             return self._do(self._op_by_op(str(decisions)), tensors)
-        execution = self._execution(tensors, decisions, executor)
-        if isinstance(execution, Instead):
-            return self._do(execution, tensors)
-        boundary = execution.boundaries.of(tensors, decisions.chosen)
+        found = self._execution(tensors, decisions, executor)
+        if isinstance(found, Instead):
+            return self._do(found, tensors)
+        execution, parameters = found
+        boundary = execution.boundary(tensors, parameters, decisions.chosen)
         if isinstance(boundary, str):
             return self._do(self._op_by_op(boundary), tensors)
         if self._said is not None:
             self._say(None)
         as_written = boundary.as_written(self.fallback)
-        outputs = boundary.call(lambda wide: call(execution, decisions, wide, as_written), tensors)
+        outputs = boundary.call(lambda wide: call(execution, decisions, wide, parameters, as_written), tensors)
         return outputs[0] if len(outputs) == 1 else outputs
 
     def _do(self, instead: Instead, tensors: Sequence[Tensor]) -> Any:
@@ -159,8 +160,8 @@ class Region:
         decisions = executor if isinstance(executor, str) else read_decisions(self.choices, executor)
         if isinstance(executor, str) or isinstance(decisions, str):
             return None
-        execution = self._execution(tensors, decisions, executor)
-        return execution.plan.slab * executor.dtype.itemsize if isinstance(execution, Execution) else None
+        found = self._execution(tensors, decisions, executor)
+        return None if isinstance(found, Instead) else found[0].plan.slab * executor.dtype.itemsize
 
     def _in_parts(self, outside: Collection[fx.Node], reason: str) -> Instead:
         """The region without some nodes, which run as they are, and the others in regions of their own."""
@@ -174,7 +175,8 @@ class Region:
 
     def _execution(
         self, tensors: Sequence[Tensor], decisions: Decisions, executor: Executor
-    ) -> Execution | Instead:
+    ) -> tuple[Execution, list[Tensor]] | Instead:
+        """What carries out such a call, and the parameters that it reads."""
         grad = torch.is_grad_enabled()
         key = (
             tuple(tensor.shape for tensor in tensors),
@@ -186,18 +188,22 @@ class Region:
             *(executor.name, executor.chunks(tensors[0].shape[0]), executor.lane()),
         )
         # other threads do the same meanwhile
-        execution = self._executions.pop(key, None)
-        if execution is not None and (not isinstance(execution, Execution) or execution.suits(grad)):
-            self._executions[key] = execution
-            return execution
-        if len(self._executions) >= PLAN_LIMIT:
-            self._executions.pop(next(iter(self._executions)), None)
-        try:
-            execution = self._make(tensors, decisions, grad, executor)
-        except Unsupported as reason:
-            execution = self._instead(reason)
-        self._executions[key] = execution
-        return execution
+        known = self._executions.pop(key, None)
+        if isinstance(known, Execution):
+            parameters = known.dense_parameters.values()
+            if known.suits(parameters, grad):
+                self._executions[key] = known
+                return known, parameters
+            known = None
+        if known is None:
+            if len(self._executions) >= PLAN_LIMIT:
+                self._executions.pop(next(iter(self._executions)), None)
+            try:
+                known = self._make(tensors, decisions, grad, executor)
+            except Unsupported as reason:
+                known = self._instead(reason)
+        self._executions[key] = known
+        return known if isinstance(known, Instead) else (known, known.dense_parameters.values())
 
     def _instead(self, reason: Unsupported) -> Instead:
         """What the region does where a plan cannot be made."""

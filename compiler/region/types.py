@@ -216,19 +216,21 @@ class Boundaries:
 
     def __init__(self, graph: Graph, refs: Sequence[TensorRef]) -> None:
         self._graph = graph
-        own = [ref for ref in refs if ref.name != "num_batches_tracked"]
-        # looked up in every call: many times as fast as through the modules
+        own = [ref for ref in refs if not ref.is_counter]
         self._holders, self._names = [ref.holder for ref in own], [ref.name for ref in own]
         self._known: dict[Any, Boundary | str] = {}
 
-    def of(self, tensors: Sequence[Tensor], chosen: frozenset[Weight]) -> Boundary | str:
-        """The boundary of a call; a string says why the program as written has to run, or fail."""
+    def of(self, tensors: Sequence[Tensor], chosen: frozenset[Weight], *, is_plain: bool) -> Boundary | str:
+        """The boundary of a call; a string says why the program as written has to run, or fail.
+
+        is_plain: the region's own tensors are known to be of the type of plans.
+        """
         inputs = tuple(tensor.dtype for tensor in tensors)
-        own = tuple(map(TYPE_OF, map(operator.getitem, self._holders, self._names)))
         autocast = autocast_type(self._graph.device)
         working = self._graph.dtype
-        if autocast is None and {*inputs, *own} == {working}:
+        if is_plain and autocast is None and set(inputs) == {working}:
             return Boundary(inputs, (working,) * len(self._graph.outputs), self._graph.device, None)
+        own = tuple(map(TYPE_OF, map(operator.getitem, self._holders, self._names)))
         key = (inputs, own, autocast, chosen)
         return remembered(self._known, key, lambda: self._read(inputs, autocast, chosen))
 

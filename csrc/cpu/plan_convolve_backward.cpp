@@ -48,6 +48,60 @@ void sum_parts(const Part* parts, const float* constant, bool adds, const Rectan
   }
 }
 
+// The same where all kVecs vectors of channels have their coefficients in registers, and nothing is added to.
+template <int kCount, int kVecs>
+NASCOMPILE_APART void sum_held_parts(const Part* parts, const float* constant, const Rectangle& all) {
+  const auto load = [](const float* from, float otherwise) {
+    return registers<kVecs>(
+        [=](int n) { return from == nullptr ? Vec(otherwise) : Vec::loadu(from + n * kLane); });
+  };
+  const auto first = load(constant, 0.0f);
+  Vecs<kVecs> factors[kCount];
+#pragma GCC unroll 4
+  for (int k = 0; k < kCount; ++k) {
+    factors[k] = load(parts[k].coefficient, 1.0f);
+  }
+  for (int64_t row = 0; row < all.rows; ++row) {
+    const float* maps[kCount];
+#pragma GCC unroll 4
+    for (int k = 0; k < kCount; ++k) {
+      maps[k] = parts[k].map + row * parts[k].row;
+    }
+    float* target = all.target + row * all.target_row;
+#pragma GCC unroll 2
+    for (int64_t column = 0; column < all.columns; ++column) {
+      auto sums = first;
+#pragma GCC unroll 4
+      for (int k = 0; k < kCount; ++k) {
+#pragma GCC unroll 4
+        for (int n = 0; n < kVecs; ++n) {
+          sums[n] = at::vec::fmadd(factors[k][n], Vec::loadu(maps[k] + n * kLane), sums[n]);
+        }
+        maps[k] += parts[k].pixel;
+      }
+#pragma GCC unroll 4
+      for (int n = 0; n < kVecs; ++n) {
+        sums[n].store(target + n * kLane);
+      }
+      target += all.target_pixel;
+    }
+  }
+}
+
+// Two terms, g and y, are what a BatchNorm makes of dy; with up to four vectors of channels the coefficients fit.
+bool sum_two_parts(const Part* parts, const float* constant, const Rectangle& all, int64_t channels) {
+  if (channels == kLane) {
+    sum_held_parts<2, 1>(parts, constant, all);
+  } else if (channels == 2 * kLane) {
+    sum_held_parts<2, 2>(parts, constant, all);
+  } else if (kWide && channels == 4 * kLane) {
+    sum_held_parts<2, 4>(parts, constant, all);
+  } else {
+    return false;
+  }
+  return true;
+}
+
 // dy of `all.rows` rows from row `row` on, into the rectangle's target.
 void make_dy(const plan::ConvolveBackward& step, const plan::Image& image, int64_t row, const Rectangle& all) {
   const plan::Term* const terms = step.terms.in(image.program);
@@ -70,7 +124,9 @@ void make_dy(const plan::ConvolveBackward& step, const plan::Image& image, int64
     constexpr decltype(&sum_parts<0>) kSums[] = {
         sum_parts<0>, sum_parts<1>, sum_parts<2>, sum_parts<3>, sum_parts<4>};
     static_assert(sizeof(kSums) / sizeof(kSums[0]) == kParts + 1);
-    kSums[count](parts, constant, adds, all, step.y_channels);
+    if (count != 2 || adds || !sum_two_parts(parts, constant, all, step.y_channels)) {
+      kSums[count](parts, constant, adds, all, step.y_channels);
+    }
     constant = nullptr;
     adds = true;
   } while (next < step.terms.count);

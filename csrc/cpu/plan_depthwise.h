@@ -190,6 +190,9 @@ NASCOMPILE_INLINE void square_blocks(const Rectangle& all, const Visit& visit) {
   }
 }
 
+#pragma GCC push_options
+#pragma GCC optimize("schedule-insns", "sched-pressure")
+
 // The same for all blocks, with the weights of all kSize rows in registers. Of a 5x5 kernel they leave too few for pixels.
 template <int kSize, int kStride, int kDilation, bool kAdds>
 NASCOMPILE_APART void square_depthwise(const Rectangle& all, int64_t unit, const Rows& rows, Sink& sink) {
@@ -213,6 +216,8 @@ NASCOMPILE_APART void square_depthwise(const Rectangle& all, int64_t unit, const
     sink.put<1>(sums, target, {0, target_pixel});
   });
 }
+
+#pragma GCC pop_options
 
 // The same for all blocks.
 template <int kSize, int kStride, int kDilation>
@@ -287,6 +292,9 @@ NASCOMPILE_INLINE void depthwise_gradient_block(
   }
 }
 
+#pragma GCC push_options
+#pragma GCC optimize("schedule-insns", "sched-pressure")
+
 // The same for all blocks, with the sums of all kSize rows in registers.
 template <int kSize, int kStride, int kDilation>
 NASCOMPILE_APART void square_gradient(const Rectangle& all, int64_t unit, Rows& rows) {
@@ -314,6 +322,8 @@ NASCOMPILE_APART void square_gradient(const Rectangle& all, int64_t unit, Rows& 
     sums[t].store(rows.vectors + t * kLane);
   }
 }
+
+#pragma GCC pop_options
 
 template <int kSize, int kStride, int kDilation>
 inline void gradient_rows(const Rectangle& all, int64_t unit, Rows& rows) {

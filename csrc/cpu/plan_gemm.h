@@ -16,8 +16,6 @@ struct Dense {
   bool adds, streams;
 };
 
-// more, and gcc 12 runs out of registers
-constexpr int kUnroll = 2;
 // pixels, between one look ahead and the next
 constexpr int64_t kSome = 16;
 
@@ -28,11 +26,18 @@ struct Line {
   float* target;
   int64_t target_pixel;
 
-  const float* from(int pixel) const {
-    return source + pixel * source_pixel;
-  }
-  float* to(int pixel) const {
-    return target + pixel * target_pixel;
+  // visit(where, pixel) for the targets of the first pixels
+  template <int kPixels, typename Visit>
+  NASCOMPILE_INLINE void for_targets(const Visit& visit) const {
+    const int64_t pitch = target_pixel;
+    float* four = hidden(target);
+#pragma GCC unroll 16
+    for (int p = 0; p < kPixels; ++p) {
+      visit(four + p % 4 * pitch, p);
+      if (p % 4 == 3) {
+        four = hidden(four + 4 * pitch);
+      }
+    }
   }
 };
 
@@ -46,128 +51,137 @@ struct Steps {
   explicit Steps(Walk& walk) {
     walk.next(source, target);
   }
-  const float* from(int pixel) const {
-    return source[pixel];
-  }
-  float* to(int pixel) const {
-    return target[pixel];
-  }
-};
-
-// The weights of one tap from 16 channels to one vector, which stay in registers for all pixels.
-struct Held {
-  static constexpr int kIn = 16;
-
-  Vec rows[kIn];
-
-  Held(const Dense& call, int64_t channel) {
-    const float* const weights = call.weights + call.taps->weight * kIn * call.out + channel;
-#pragma GCC unroll 16
-    for (int i = 0; i < kIn; ++i) {
-      rows[i] = Vec::loadu(weights + i * call.out);
-    }
-  }
-  static bool fits(const Dense& call) {
-    return kWide && call.count == 1 && call.in == kIn;
-  }
-
-  template <int kPixels, typename Pixels>
-  NASCOMPILE_INLINE void multiply(const Dense& call, const Pixels& pixels, int64_t, Vecs<kPixels> (&sums)[1]) const {
-    const int64_t offset = call.taps->offset;
-#pragma GCC unroll 16
-    for (int i = 0; i < kIn; ++i) {
+  template <int kCount, typename Visit>
+  NASCOMPILE_INLINE void for_targets(const Visit& visit) const {
 #pragma GCC unroll 8
-      for (int p = 0; p < kPixels; ++p) {
-        sums[0][p] = at::vec::fmadd(Vec(pixels.from(p)[offset + i]), rows[i], sums[0][p]);
-      }
+    for (int p = 0; p < kCount; ++p) {
+      visit(target[p], p);
     }
   }
 };
 
-// Weights that are loaded for every block of pixels: sums[n][p] += sum over taps and channels i of
-// weights[tap.weight, i, n-th vector] * source of p[tap.offset + i].
-struct Streamed {
-  template <int kPixels, int kVecs, typename Pixels>
-  NASCOMPILE_INLINE void multiply(
-      const Dense& call, const Pixels& pixels, int64_t channel, Vecs<kPixels> (&sums)[kVecs]) const {
-    const plan::Tap* const end = call.taps + call.count;
-    for (const plan::Tap* tap = call.taps; tap != end; ++tap) {
-      const float* weights = call.weights + tap->weight * call.in * call.out + channel;
-      const float* values[kPixels];
+// sums[n][p] += sum over taps and channels i of weights[tap.weight, i, n-th vector] * source of p[tap.offset + i]. An address
+// for four pixels each: one for every pixel would not leave registers for the others.
+template <int kPixels, int kVecs>
+NASCOMPILE_INLINE void multiply(const Dense& call, const Line& pixels, int64_t channel, Vecs<kPixels> (&sums)[kVecs]) {
+  constexpr int kFours = (kPixels + 3) / 4;
+  const int64_t pitch = pixels.source_pixel;
+  const plan::Tap* const end = call.taps + call.count;
+  for (const plan::Tap* tap = call.taps; tap != end; ++tap) {
+    const float* weights = call.weights + tap->weight * call.in * call.out + channel;
+    const float* values[kFours];
+#pragma GCC unroll 4
+    for (int four = 0; four < kFours; ++four) {
+      values[four] = pixels.source + tap->offset + 4 * four * pitch;
+    }
+#pragma GCC unroll 1
+    for (int64_t i = 0; i < call.in; i += 4) {
+#pragma GCC unroll 4
+      for (int u = 0; u < 4; ++u) {
+        const auto weight = load_each<kVecs>(weights, kLane);
+        weights += call.out;
 #pragma GCC unroll 16
-      for (int p = 0; p < kPixels; ++p) {
-        values[p] = pixels.from(p) + tap->offset;
-      }
-      for (int64_t i = 0; i < call.in; i += kUnroll) {
-#pragma GCC unroll 2
-        for (int u = 0; u < kUnroll; ++u) {
-          Vec weight[kVecs];
+        for (int p = 0; p < kPixels; ++p) {
+          const Vec value(values[p / 4][p % 4 * pitch + u]);
 #pragma GCC unroll 3
           for (int n = 0; n < kVecs; ++n) {
-            weight[n] = Vec::loadu(weights + n * kLane);
+            sums[n][p] = at::vec::fmadd(value, weight[n], sums[n][p]);
           }
-          weights += call.out;
+        }
+      }
+#pragma GCC unroll 4
+      for (int four = 0; four < kFours; ++four) {
+        values[four] = hidden(values[four] + 4);
+      }
+    }
+  }
+}
+
+// The same for pixels anywhere.
+template <int kPixels, int kVecs>
+NASCOMPILE_INLINE void multiply(
+    const Dense& call, const Steps<kPixels>& pixels, int64_t channel, Vecs<kPixels> (&sums)[kVecs]) {
+  const plan::Tap* const end = call.taps + call.count;
+  for (const plan::Tap* tap = call.taps; tap != end; ++tap) {
+    const float* weights = call.weights + tap->weight * call.in * call.out + channel;
+    const float* values[kPixels];
 #pragma GCC unroll 16
-          for (int p = 0; p < kPixels; ++p) {
-            const Vec value(values[p][i + u]);
+    for (int p = 0; p < kPixels; ++p) {
+      values[p] = pixels.source[p] + tap->offset;
+    }
+    // more than two at once, and gcc 12 runs out of registers
+    for (int64_t i = 0; i < call.in; i += 2) {
+#pragma GCC unroll 2
+      for (int u = 0; u < 2; ++u) {
+        const auto weight = load_each<kVecs>(weights, kLane);
+        weights += call.out;
+#pragma GCC unroll 16
+        for (int p = 0; p < kPixels; ++p) {
+          const Vec value(values[p][i + u]);
 #pragma GCC unroll 3
-            for (int n = 0; n < kVecs; ++n) {
-              sums[n][p] = at::vec::fmadd(value, weight[n], sums[n][p]);
-            }
+          for (int n = 0; n < kVecs; ++n) {
+            sums[n][p] = at::vec::fmadd(value, weight[n], sums[n][p]);
           }
         }
       }
     }
   }
-};
+}
+
+// loads before the products that need them, as far as there are registers: gcc does so by itself for other processors only
+#pragma GCC push_options
+#pragma GCC optimize("schedule-insns", "sched-pressure")
 
 // kPixels pixels times kVecs vectors of output channels from `channel` on, all in registers.
-template <int kPixels, int kVecs, typename Weights, typename Pixels>
+template <bool kAdds, int kPixels, int kVecs, typename Pixels>
 NASCOMPILE_INLINE void dense_block(
-    const Dense& call, const Weights& weights, const Pixels& pixels, int64_t channel, const Moments& moments,
-    bool first) {
+    const Dense& call, const Pixels& pixels, int64_t channel, const Moments& moments, bool first) {
   Vecs<kPixels> sums[kVecs];
-#pragma GCC unroll 16
-  for (int p = 0; p < kPixels; ++p) {
-#pragma GCC unroll 3
-    for (int n = 0; n < kVecs; ++n) {
-      sums[n][p] = call.adds ? Vec::loadu(pixels.to(p) + channel + n * kLane) : Vec(0.0f);
-    }
-  }
-  weights.multiply(call, pixels, channel, sums);
 #pragma GCC unroll 3
   for (int n = 0; n < kVecs; ++n) {
-#pragma GCC unroll 16
-    for (int p = 0; p < kPixels; ++p) {
-      float* const to = pixels.to(p) + channel + n * kLane;
-#ifdef CPU_CAPABILITY_AVX512
-      if (call.streams) {
-        _mm512_stream_ps(to, sums[n][p]);
-        continue;
-      }
-#endif
-      sums[n][p].store(to);
+    sums[n] = registers<kPixels>([](int) { return Vec(0.0f); });
+    if constexpr (kAdds) {
+      pixels.template for_targets<kPixels>(
+          [&](const float* from, int p) { sums[n][p] = Vec::loadu(from + channel + n * kLane); });
     }
-    if (moments) {
+  }
+  multiply(call, pixels, channel, sums);
+  const auto put = [&](const auto& store) {
+    pixels.template for_targets<kPixels>([&](float* to, int p) {
+#pragma GCC unroll 3
+      for (int n = 0; n < kVecs; ++n) {
+        store(to + channel + n * kLane, sums[n][p]);
+      }
+    });
+  };
+#ifdef CPU_CAPABILITY_AVX512
+  if (call.streams) {
+    put([](float* to, const Vec& value) { _mm512_stream_ps(to, value); });
+  } else
+#endif
+    put([](float* to, const Vec& value) { value.store(to); });
+  if (moments) {
+#pragma GCC unroll 3
+    for (int n = 0; n < kVecs; ++n) {
       moments.add(sums[n], channel + n * kLane, first);
     }
   }
 }
 
-template <int kPixels, int kVecs, typename Weights>
+template <bool kAdds, int kPixels, int kVecs>
 NASCOMPILE_APART void dense_channels(
-    const Dense& call, const Weights& weights, const Rectangle& all, int64_t channel, const Moments& moments) {
+    const Dense& call, const Rectangle& all, int64_t channel, const Moments& moments) {
   all.ahead->turn();
   const bool is_flat =
       all.source_row == all.columns * all.source_pixel && all.target_row == all.columns * all.target_pixel;
   const int64_t products = kVecs * call.count * call.in;
   // with 16 registers the addresses of a line are one thing too many
-  if (!kWide || (!is_flat && all.columns % kPixels != 0)) {
+  if (!kWide || (!is_flat && all.columns % 8 != 0)) {
     Walk walk(all);
-    blocks<kPixels>(all.pixels(), [&](int64_t at, auto count) {
+    blocks<std::min(kPixels, 8)>(all.pixels(), [&](int64_t at, auto count) {
       const Steps<decltype(count)::value> pixels(walk);
       all.fetch_on(decltype(count)::value * products);
-      dense_block<decltype(count)::value, kVecs>(call, weights, pixels, channel, moments, at == 0);
+      dense_block<kAdds, decltype(count)::value, kVecs>(call, pixels, channel, moments, at == 0);
     });
     return;
   }
@@ -177,28 +191,30 @@ NASCOMPILE_APART void dense_channels(
     Line pixels{
         all.source + row * all.source_row, all.source_pixel, all.target + row * all.target_row, all.target_pixel};
     blocks<kPixels>(columns, [&](int64_t at, auto count) {
-      if constexpr (std::is_same_v<Weights, Held>) {
-        all.fetch(decltype(count)::value * products);
-      } else {
-        all.fetch_on(decltype(count)::value * products);
-      }
-      dense_block<decltype(count)::value, kVecs>(call, weights, pixels, channel, moments, row == 0 && at == 0);
+      all.fetch_on(decltype(count)::value * products);
+      dense_block<kAdds, decltype(count)::value, kVecs>(call, pixels, channel, moments, row == 0 && at == 0);
       pixels.source += decltype(count)::value * pixels.source_pixel;
       pixels.target += decltype(count)::value * pixels.target_pixel;
     });
   }
 }
 
-inline void dense(const Dense& call, const Rectangle& all, const Moments& moments) {
+#pragma GCC pop_options
+
+template <bool kAdds>
+inline void dense_all(const Dense& call, const Rectangle& all, const Moments& moments) {
   int64_t channel = 0;
   for (; channel + 2 * kLane <= call.out; channel += 2 * kLane) {
-    dense_channels<kWide ? 8 : 6, 2>(call, Streamed(), all, channel, moments);
+    dense_channels<kAdds, kWide ? 8 : 6, 2>(call, all, channel, moments);
   }
-  if (channel < call.out && Held::fits(call)) {
-    dense_channels<8, 1>(call, Held(call, channel), all, channel, moments);
-  } else if (channel < call.out) {
-    dense_channels<8, 1>(call, Streamed(), all, channel, moments);
+  if (channel < call.out) {
+    dense_channels<kAdds, kWide ? 16 : 8, 1>(call, all, channel, moments);
   }
+}
+
+inline void dense(const Dense& call, const Rectangle& all, const Moments& moments) {
+  // a branch before the sums would put them into memory
+  call.adds ? dense_all<true>(call, all, moments) : dense_all<false>(call, all, moments);
   moments.finish(all.pixels());
 }
 
@@ -207,43 +223,37 @@ inline void dense(const Dense& call, const Rectangle& all, const Moments& moment
 template <int kRows, int kVecs>
 NASCOMPILE_APART void dense_gradient_block(const Rectangle& all, int64_t out, float* gradient) {
   all.ahead->turn();
-  Vec sums[kRows][kVecs];
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
+  Vecs<kRows> sums[kVecs];
 #pragma GCC unroll 2
-    for (int n = 0; n < kVecs; ++n) {
-      sums[r][n] = Vec::loadu(gradient + r * out + n * kLane);
-    }
+  for (int n = 0; n < kVecs; ++n) {
+    sums[n] = load_each<kRows>(gradient + n * kLane, out);
   }
   for (int64_t row = 0; row < all.rows; ++row) {
     const float* source = all.source + row * all.source_row;
     const float* target = all.target + row * all.target_row;
-    for (int64_t column = 0; column < all.columns; ++column) {
-      if (column % kSome == 0) {
-        all.fetch(kSome * kRows * kVecs);
-      }
-      Vec values[kVecs];
+    blocks<4>(all.columns, [&](int64_t, auto count) {
+      all.fetch(decltype(count)::value * kRows * kVecs);
+#pragma GCC unroll 4
+      for (int column = 0; column < decltype(count)::value; ++column) {
+        const auto values = load_each<kVecs>(target, kLane);
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) {
+          const Vec value(source[r]);
 #pragma GCC unroll 2
-      for (int n = 0; n < kVecs; ++n) {
-        values[n] = Vec::loadu(target + n * kLane);
-      }
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-        const Vec value(source[r]);
-#pragma GCC unroll 2
-        for (int n = 0; n < kVecs; ++n) {
-          sums[r][n] = at::vec::fmadd(value, values[n], sums[r][n]);
+          for (int n = 0; n < kVecs; ++n) {
+            sums[n][r] = at::vec::fmadd(value, values[n], sums[n][r]);
+          }
         }
+        source += all.source_pixel;
+        target += all.target_pixel;
       }
-      source += all.source_pixel;
-      target += all.target_pixel;
-    }
+    });
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
-    for (int n = 0; n < kVecs; ++n) {
-      sums[r][n].store(gradient + r * out + n * kLane);
+  for (int n = 0; n < kVecs; ++n) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      sums[n][r].store(gradient + r * out + n * kLane);
     }
   }
 }
@@ -266,6 +276,11 @@ inline void dense_gradient_channels(const Rectangle& all, int64_t in, int64_t ou
       run(i, std::integral_constant<int, 4>());
     }
   } else {
+    // as many sums as there are registers for: the more of them, the fewer loads for each product
+    constexpr int kMost = kWide && kVecs == 1 ? 16 : 8;
+    for (; i + kMost <= in; i += kMost) {
+      run(i, std::integral_constant<int, kMost>());
+    }
     for (; i < in; i += 8) {
       run(i, std::integral_constant<int, 8>());
     }

@@ -62,6 +62,14 @@ void pack(const plan::PackDense& op, const plan::Run& run, const float* tensor, 
   });
 }
 
+// Elements of one output channel of the tensor, whose last input channel is in some segment.
+template <typename T>
+int64_t row_of(const T& op, const plan::Run& run) {
+  int64_t inputs = 0;
+  for_segments(op.in_segments, run, [&](const plan::Segment& in) { inputs = std::max(inputs, in.logical + in.count); });
+  return inputs * op.count;
+}
+
 // transposed[tap][output][input]
 void pack_transposed(
     const plan::PackDense& op, const plan::Run& run, const float* tensor, int64_t row, float* transposed) {
@@ -112,7 +120,7 @@ void take_gradients(const plan::Run& run, int64_t source, int64_t count, float* 
 
 void plan_pack_dense(const plan::PackDense& op, const plan::Run& run) {
   const float* const tensor = run.tensor(op.tensor);
-  const int64_t row = run.rows[op.tensor];
+  const int64_t row = row_of(op, run);
   const int64_t size = op.count * op.in_channels * op.out_channels;
   const int64_t written =
       op.count * count_channels(op.in_segments, run) * count_channels(op.out_segments, run);
@@ -130,7 +138,7 @@ void plan_pack_dense(const plan::PackDense& op, const plan::Run& run) {
 
 void plan_unpack_dense(const plan::UnpackDense& op, const plan::Run& run) {
   float* const tensor = run.tensor(op.tensor);
-  const int64_t row = run.rows[op.tensor];
+  const int64_t row = row_of(op, run);
   // sums of a few input channels, in the order in which the chunks' gradients lie in memory
   std::vector<float> panel(kSide * op.out_channels);
   for_parts(op.in_segments, run, [&](const plan::Segment& in) {

@@ -17,6 +17,8 @@ _BARRIERS = {kind: number for number, kind in enumerate(BARRIERS)}
 _STEPS = {kind: number for number, kind in enumerate(STEPS)}
 ALIGNMENT = 16
 """Floats: every part of a chunk's work memory, and every map, begins at a multiple of it."""
+PAGE = 1024
+"""Floats: the work memory of every chunk takes a multiple of it, and should begin at one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +49,12 @@ class Program:
     def work(self) -> int:
         """Floats of work memory that `run` needs."""
         parts = (2 * self.sums, self.gradients, self.scratch)
-        return self.chunks * sum(aligned(part) for part in parts)
+        return self.chunks * aligned(sum(aligned(part) for part in parts), PAGE)
 
 
-def aligned(count: int) -> int:
+def aligned(count: int, alignment: int = ALIGNMENT) -> int:
     """`count` floats rounded up to a whole number of alignments."""
-    return -(-count // ALIGNMENT) * ALIGNMENT
+    return -(-count // alignment) * alignment
 
 
 def encode(program: Program) -> Tensor:

@@ -1,26 +1,19 @@
-"""Carries out a program: on the CPU with the C++ executor, csrc/plan.cpp, on a GPU with Triton, cuda.py."""
+"""Carries out a program: on the CPU with the C++ executor, cpu.py, on a GPU with Triton, cuda.py."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from nascompile.kernels import native
-from nascompile.kernels.plan import cuda
+from nascompile.kernels.plan import cpu, cuda
 from nascompile.kernels.plan.program import Program
 
-SCHEMA = (
-    "run_plan(Tensor program, Tensor(a!) slab, Tensor(b!) work, Tensor flags, Tensor(c!)[] tensors) -> ()"
-)
-"""The operator's, as in csrc/ops.cpp."""
-
-
-_PREPARED = WeakTensorKeyDictionary()
-"""By the encoded program, what runs it on a GPU."""
+_PREPARED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""By the encoded program, what runs it."""
 
 
 def why_not_native(device: torch.device) -> str | None:
@@ -30,7 +23,7 @@ def why_not_native(device: torch.device) -> str | None:
 
 def lane(device: torch.device | None = None) -> int:
     """What the kernels in use want channels padded to; RuntimeError without the extension."""
-    return cuda.LANE if device is not None and device.type == "cuda" else _extension().lane()
+    return cuda.LANE if device is not None and device.type == "cuda" else cpu.extension().lane()
 
 
 def work_size(program: Program, device: torch.device) -> int:
@@ -47,11 +40,8 @@ def run(
     contiguous and 64-byte aligned. flags: uint8. tensors: what steps and barrier operations number; fp32,
     counters int64; all on one device. RuntimeError without the extension or where memory does not fit.
     """
-    if slab.is_cuda:
-        prepared(program, encoded, slab.device).run(slab, work, flags, tensors)
-        return
-    _extension()
-    torch.ops.nascompile.run_plan(encoded, slab, work, flags, tensors)
+    ready = prepared(program, encoded, slab.device) if slab.is_cuda else _prepared_for_cpu(encoded)
+    ready.run(slab, work, flags, tensors)
 
 
 def run_timed(
@@ -62,10 +52,10 @@ def run_timed(
 
     Operations are counted phase by phase, barrier operations first; zero for those whose flags do not hold.
     """
-    _extension()
-    operations = sum(len(phase.barriers) + len(phase.steps) for phase in program.phases)
+    ready = _prepared_for_cpu(encoded)
+    operations = ready.under(flags).native.operations
     seconds = torch.zeros(program.chunks, operations, dtype=torch.float64)
-    torch.ops.nascompile.profile_plan(encoded, slab, work, flags, tensors, seconds)
+    ready.run(slab, work, flags, tensors, seconds)
     return seconds
 
 
@@ -77,8 +67,8 @@ def prepared(program: Program, encoded: Tensor, device: torch.device) -> cuda.Pr
     return found
 
 
-def _extension() -> ModuleType:
-    module, reason = native.load()
-    if module is None:
-        raise RuntimeError(f"a plan cannot be run: {reason}")
-    return module
+def _prepared_for_cpu(encoded: Tensor) -> cpu.Prepared:
+    found = _PREPARED.get(encoded)
+    if found is None:
+        found = _PREPARED[encoded] = cpu.Prepared(encoded)
+    return found
