@@ -12,17 +12,19 @@ inline int64_t aligned(int64_t floats) {
   return (floats + kAlignment - 1) / kAlignment * kAlignment;
 }
 
-// Floats. What two threads write lies in different pages: prefetchers go on beyond what one of them reads, up to the end of
-// a page, and would take from the other what it is about to write.
+// Floats. What two threads write lies pages apart: prefetchers go on beyond what one of them reads, and would take from the
+// other what it is about to write.
 constexpr int64_t kPage = 1024;
+constexpr int64_t kGap = 4 * kPage;
 
-inline int64_t whole_pages(int64_t floats) {
-  return (floats + kPage - 1) / kPage * kPage;
+// Floats of memory for one thread and the gap to that of the next.
+inline int64_t apart(int64_t floats) {
+  return floats == 0 ? 0 : (floats + kPage - 1) / kPage * kPage + kGap;
 }
 
-// Floats of work memory of a chunk: [sums | gradients | scratch], each aligned.
+// Floats of work memory of a chunk: [sums | gradients | scratch], each aligned, and the gap.
 inline int64_t chunk_size(const Header& header) {
-  return whole_pages(aligned(2 * header.sums) + aligned(header.gradients) + aligned(header.scratch));
+  return apart(aligned(2 * header.sums) + aligned(header.gradients) + aligned(header.scratch));
 }
 
 // A run of a program: everything that all its chunks share.

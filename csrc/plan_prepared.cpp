@@ -259,7 +259,7 @@ int64_t Prepared::tile() const {
       most = std::max(most, tile_of(step->kind, step->fields, program_));
     }
   }
-  return whole_pages(most);
+  return apart(most);
 }
 
 void Prepared::run(float* slab, int64_t floats, float* work, void* const* tensors, double* seconds) const {

@@ -18,7 +18,10 @@ _STEPS = {kind: number for number, kind in enumerate(STEPS)}
 ALIGNMENT = 16
 """Floats: every part of a chunk's work memory, and every map, begins at a multiple of it."""
 PAGE = 1024
-"""Floats: the work memory of every chunk takes a multiple of it, and should begin at one."""
+"""Floats: the work memory of every chunk begins at a multiple of it, if that of the first does."""
+GAP = 4 * PAGE
+"""Floats between the work memory of two chunks: prefetchers of one thread would take from the other what it
+is about to write."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +52,8 @@ class Program:
     def work(self) -> int:
         """Floats of work memory that `run` needs."""
         parts = (2 * self.sums, self.gradients, self.scratch)
-        return self.chunks * aligned(sum(aligned(part) for part in parts), PAGE)
+        floats = sum(aligned(part) for part in parts)
+        return self.chunks * (aligned(floats, PAGE) + GAP) if floats else 0
 
 
 def aligned(count: int, alignment: int = ALIGNMENT) -> int:
