@@ -147,9 +147,10 @@ class Unit:
             for node in gm.graph.nodes
             if node.op == "call_module"
         }
-        entry.choices = tuple(target.choice for target in entry.lowered) + tuple(
-            module for module in modules.values() if isinstance(module, LayerChoice | InputChoice)
-        )
+        choices = [target.choice for target in entry.lowered]
+        choices += [module for module in modules.values() if isinstance(module, LayerChoice | InputChoice)]
+        # those of one key follow one decision
+        entry.choices = tuple({(choice.key, choice.reduction): choice for choice in choices}.values())
 
 
 def listens_to_scopes(mutator: BaseMutator | None) -> bool:

@@ -48,21 +48,24 @@ class Decided(Mutator):
 def read_decisions(choices: Sequence[LoweredChoice], executor: Executor) -> Decisions | str:
     """The current decisions; a string says why choices cannot be carried out from masks alone."""
     selections: dict[str, Selection] = {}
+    lengths: dict[str, int] = {}
     for target in choices:
         choice = target.choice
-        mutator = choice.require_mutator()
+        key, length, mutator = choice.key, len(choice), choice.require_mutator()
         is_layer = isinstance(choice, LayerChoice)
         method = "on_forward_layer_choice" if is_layer else "on_forward_input_choice"
         if not decides_by_masks(mutator, method) or not isinstance(mutator, Mutator):
             return f"{type(mutator).__name__} carries out choices in its own way"
-        if choice.key not in selections:
-            selections[choice.key] = mutator.selection(choice.key, len(choice))[0]
-        elif len(choice) != choice_length(choices, choice.key):
-            return f"choices of the key {choice.key!r} differ in length"
-        if not selections[choice.key].indices:
-            return f"the decision chooses nothing for {choice.key!r}"
-        if is_layer and any(choice[index] is None for index in selections[choice.key].indices):
-            return f"a candidate of {choice.key!r} that is None is chosen"
+        if key not in selections:
+            selections[key], lengths[key] = mutator.selection(key, length)[0], length
+        elif length != lengths[key]:
+            return f"choices of the key {key!r} differ in length"
+        indices = selections[key].indices
+        if not indices:
+            return f"the decision chooses nothing for {key!r}"
+        # few choices have such candidates, and most steps look at thousands
+        if is_layer and None in choice._modules.values() and any(choice[index] is None for index in indices):
+            return f"a candidate of {key!r} that is None is chosen"
     weighted = tuple(selections[t.choice.key].weights is not None for t in choices)
     chosen = frozenset(Weight(key, index) for key, s in selections.items() for index in s.indices)
     return Decisions(selections, weighted, chosen, _vectors(choices, selections, executor))
