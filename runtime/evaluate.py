@@ -70,19 +70,22 @@ def evaluate(
                 raise NascompileError("recalibrate has no batches")
             population.calibrate(calls)
         for batch in _batches(loader, model, "loader"):
-            # without examples there is nothing to average, and most metrics give nan
-            outputs = population.outputs(*batch.args, **batch.kwargs) if batch.size else ()
-            for positions, output in outputs:
-                found = _named(metric(output, batch.target), positions[0], done)
-                del output
-                names = found.keys() if names is None else names
-                if found.keys() != names:
-                    raise NascompileError(
-                        f"metric gives {_entries(found)} for architecture {positions[0]} in batch {done}, "
-                        f"expected {_entries(names)} as before"
-                    )
-                for position in positions:
-                    meters[position].update(found, batch.size)
+            with _noting(f"in batch {done} of the loader"):
+                # without examples there is nothing to average, and most metrics give nan
+                outputs = population.outputs(*batch.args, **batch.kwargs) if batch.size else ()
+                for positions, output in outputs:
+                    with _noting(f"in the metric of architecture {positions[0]}"):
+                        value = metric(output, batch.target)
+                    found = _named(value, positions[0], done)
+                    del output
+                    names = found.keys() if names is None else names
+                    if found.keys() != names:
+                        raise NascompileError(
+                            f"metric gives {_entries(found)} for architecture {positions[0]} in batch {done}, "
+                            f"expected {_entries(names)} as before"
+                        )
+                    for position in positions:
+                        meters[position].update(found, batch.size)
             done, size = done + 1, size + batch.size
             if progress is not None:
                 progress(done, total)
@@ -169,6 +172,18 @@ def _batches(loader: Iterable[Any], model: nn.Module, name: str) -> Iterator[Bat
             forward = f"forward({', '.join(signature.parameters)})"
             raise NascompileError(f"{name}, batch {number}: {inputs} do not fit {forward}: {error}") from None
         yield batch
+
+
+@contextmanager
+def _noting(place: str) -> Iterator[None]:
+    """Let errors of the model and the metric say where they happened; those of nascompile do."""
+    try:
+        yield
+    except NascompileError:
+        raise
+    except Exception as error:
+        error.add_note(place)
+        raise
 
 
 @contextmanager

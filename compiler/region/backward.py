@@ -107,17 +107,17 @@ class Backward(MapGradients):
         sums = self._reduce(value, place, terms, flag)
         for term in terms:
             term_flag = self.flags.all_of([flag, term.flag])
-            if term.norm is not None and is_fixed(term.norm):
-                self._flow(term.value, Flow(place, term.coefficient, term_flag))
-            elif term.norm is not None:
-                self._arrivals[term.norm].append(Arrival(place, term, sums[None], sums[term], term_flag))
+            if term.norm is None or is_fixed(term.norm):
+                self._flow(term.value, place, term.coefficient, term_flag)
             else:
-                self._flow(term.value, Flow(place, term.coefficient, term_flag))
+                arrives = self._towards(term.norm, term_flag)
+                self._arrivals[term.norm].append(Arrival(place, term, sums[None], sums[term], arrives))
             if self.wanted.decision and term.weight is not None:
                 self._decision(term, place.channels, sums, term_flag)
 
-    def _flow(self, value: Value, flow: Flow) -> None:
+    def _flow(self, value: Value, place: Place, coefficient: Buffer | None, flag: int) -> None:
         if value in self._is_needed:
+            flow = Flow(place, coefficient, self._towards(value, flag))
             self._of[value].flows.append(flow)
             self._of[value].flags.append(flow.flag)
 
@@ -135,6 +135,9 @@ class Backward(MapGradients):
         if any(t.norm is not None for t in summed):
             sums[None] = self._new_sums(place.channels)
         flags = {t: self.flags.all_of([flag, t.flag]) for t in summed}
+        for term in summed:
+            if term.norm is not None and (term.weight is None or not self.wanted.decision):
+                flags[term] = self._towards(term.norm, flags[term])
         self.tasks.step(
             "reduce",
             value,

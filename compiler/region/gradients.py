@@ -102,11 +102,12 @@ class Gradients:
         self._transposed: dict[Rows, Buffer] = {}
         self.reached: dict[Hashable, int] = {}
         self.whole: frozenset[TensorRef] = frozenset()
-        self._is_needed = self._needed()
+        self._is_needed = self._needed(parameters=wanted.parameters)
+        self._always_needed = self._needed(parameters=False)
         self._with_parameters = self.flags.chosen(WITH_PARAMETERS)
 
-    def _needed(self) -> set[Value]:
-        """The values whose gradients lead to something that is asked for."""
+    def _needed(self, *, parameters: bool) -> set[Value]:
+        """The values whose gradients lead to something that is asked for, parameters among it or not."""
         found: set[Value] = set()
         for value in self.graph.values:
             op = value.op
@@ -114,15 +115,20 @@ class Gradients:
             if isinstance(op, Source):
                 needed = self.wanted.inputs[op.index]
             elif isinstance(op, Conv):
-                needed |= self.wanted.parameters
+                needed |= parameters
             elif isinstance(op, Norm):
                 has_weights = (op.gamma is not None or op.beta is not None) and not op.is_fixed
-                needed |= self.wanted.parameters and has_weights
+                needed |= parameters and has_weights
             elif isinstance(op, Sum):
                 needed |= self.wanted.decision and any(info.weight is not None for info in op.terms)
             if needed:
                 found.add(value)
         return found
+
+    def _towards(self, value: Value, flag: int) -> int:
+        """The flag of a gradient that arrives at a value: where that leads to parameters only, a run without
+        their gradients leaves it out, and with it all that comes after."""
+        return flag if value in self._always_needed else self.flags.all_of([flag, self._with_parameters])
 
     # ---- memory and numbers ----
 
@@ -171,7 +177,8 @@ class Gradients:
         self._begun.update(place.cells())
         # backward does not run without any gradient
         is_alone = len(self.graph.outputs) == 1
-        self._of[value].flags.append(ALWAYS if is_alone else self.flags.chosen(gradient_of_output(index)))
+        flag = ALWAYS if is_alone else self.flags.chosen(gradient_of_output(index))
+        self._of[value].flags.append(self._towards(value, flag))
         self.tasks.step(
             "load gradient",
             value,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,7 +65,7 @@ class _UnderFlags:
     def __init__(self, encoded: Tensor, flags: Tensor) -> None:
         # the extension has their addresses
         self._kept = encoded, flags
-        self.native: Any = extension().Prepared(
+        self.native = extension().Prepared(
             encoded.data_ptr(), encoded.numel(), flags.data_ptr(), flags.numel()
         )
         self._facts: Facts | None = None

@@ -23,6 +23,17 @@ def test_what_is_not_reached_is_absent() -> None:
     assert not found[0].any()
 
 
+def test_every_gradient_has_its_shape_and_elements_of_its_own() -> None:
+    shapes = [torch.Size(size) for size in ((2, 1, 3), (4,), (2, 1, 3), (), (4,), (2, 1, 3), (6, 1))]
+    whole = [True, False, False, True, True, True, False]
+    found = GradientMemory().take(reached(shapes, [True] * 7, whole, []), 7, ABSENT)
+    assert [piece.shape for piece in found] == shapes
+    for number, piece in enumerate(found):
+        assert piece.is_contiguous()
+        piece.fill_(number)
+    assert [piece.unique().tolist() for piece in found] == [[number] for number in range(7)]
+
+
 def test_memory_that_nobody_holds_is_used_again() -> None:
     memory = GradientMemory()
     found = zeros(memory, True, True, True)

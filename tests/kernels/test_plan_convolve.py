@@ -70,6 +70,10 @@ CASES = (
     Case("dense", kernel=(1, 1), stride=(2, 2), inputs=32, outputs=56, size=(7, 5)),
     Case("dense", kernel=(7, 7), stride=(2, 2), inputs=8, outputs=32, size=(15, 14), adds=1),
     Case("dense", kernel=(3, 1), inputs=16, outputs=24, stride=(2, 1), images=1),
+    *(Case("separable", size=(5, width), terms=2, constant=True) for width in (8, 16, 24, 32)),
+    *(Case("separable", inputs=n, outputs=n, size=(3, 8), terms=2, adds=1) for n in (32, 48, 64)),
+    *(Case("dense", kernel=(1, 1), outputs=n, size=(4, 24), terms=2, adds=1) for n in (16, 48)),
+    Case("dense", size=(4, 16), terms=2, adds=1, constant=True),
     Case("dense", terms=0, size=(1, 1)),
     Case("depthwise", terms=0, constant=True, size=(1, 1)),
 )

@@ -314,3 +314,22 @@ def test_batches_go_to_the_device_of_the_model() -> None:
         copy.deepcopy(model).cpu(), ARCHITECTURES, loader(), loss, recalibrate=loader()
     )
     assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_errors_of_a_metric_say_where() -> None:
+    def fails(output: Tensor, target: Tensor) -> Tensor:
+        # the last batch has two examples of ten
+        if len(target) == 2:
+            raise KeyError("no such thing")
+        return loss(output, target)
+
+    with pytest.raises(KeyError, match="no such thing") as raised:
+        nascompile.evaluate(Net(), ARCHITECTURES, loader(), fails)
+    assert raised.value.__notes__ == ["in the metric of architecture 0", "in batch 2 of the loader"]
+
+
+def test_errors_of_the_model_name_the_batch() -> None:
+    batches = [(torch.randn(2, FEATURES), torch.zeros(2).long()), (torch.randn(2, FEATURES + 1), torch.zeros(2))]
+    with pytest.raises(RuntimeError) as raised:
+        nascompile.evaluate(Net(), ARCHITECTURES, batches, loss)
+    assert raised.value.__notes__[-1] == "in batch 1 of the loader"
