@@ -70,7 +70,9 @@ def _gradient(
     before = random_state()
     grads = torch.autograd.grad(train_loss(), weights, allow_unused=True)
     moves = _moves(optimizer, weights, grads)
-    _move(weights, kept, moves.numbers, moves.offsets)
+    # the next pass finds its memory free
+    del grads
+    _add(weights, moves.numbers, moves.offsets)
 
     at_step = torch.autograd.grad(valid_loss(), [*weights, *alphas], allow_unused=True)
     after = random_state()
@@ -88,7 +90,7 @@ def _gradient(
     sides = []
     for sign in (eps, -eps):
         _set(weights, kept)
-        _move(weights, kept, numbers, direction, sign)
+        _add(weights, numbers, direction, sign)
         restore_random_state(before)
         sides.append(torch.autograd.grad(train_loss(), alphas, allow_unused=True))
     restore_random_state(after)
@@ -116,14 +118,19 @@ def _moves(
                 continue
             numbers = [present[j] for j in chosen]
             ascends = bool(group.get("maximize", False))
-            changes = _changes(group, [weights[k] for k in numbers], [grads[k] for k in numbers])
+            given = [grads[k] for k in numbers]
+            changes = _changes(group, [weights[k] for k in numbers], given)
             share = 1.0
             if momentum:
                 velocities = [buffers[j] for j in chosen] if has_velocity else None
                 changes, share = _with_momentum(group, momentum, changes, velocities)
             rate = float(group["lr"])
             found.numbers.extend(numbers)
-            found.offsets.extend(_LISTS._foreach_mul(changes, -rate))
+            if any(change is gradient for change, gradient in zip(changes, given, strict=True)):
+                changes = _LISTS._foreach_mul(changes, -rate)
+            else:
+                _LISTS._foreach_mul_(changes, -rate)
+            found.offsets.extend(changes)
             found.rates.extend([(-rate if ascends else rate) * share] * len(numbers))
     return found
 
@@ -176,13 +183,7 @@ def _set(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 
 
 @torch.no_grad()
-def _move(
-    weights: Sequence[Tensor],
-    kept: Sequence[Tensor],
-    numbers: list[int],
-    steps: list[Tensor],
-    by: float = 1.0,
-) -> None:
-    """Set some of the weights to what was kept plus `by` times a step."""
+def _add(weights: Sequence[Tensor], numbers: list[int], steps: list[Tensor], by: float = 1.0) -> None:
+    """Add `by` times a step to some of the weights."""
     if numbers:
-        _set([weights[k] for k in numbers], _LISTS._foreach_add([kept[k] for k in numbers], steps, alpha=by))
+        _LISTS._foreach_add_([weights[k] for k in numbers], steps, alpha=by)
