@@ -13,13 +13,12 @@ inline int64_t aligned(int64_t floats) {
 }
 
 // Floats. What two threads write lies pages apart: prefetchers go on beyond what one of them reads, and would take from the
-// other what it is about to write.
-constexpr int64_t kPage = 1024;
-constexpr int64_t kGap = 4 * kPage;
+// other what it is about to write. No whole number of pages, or what is added up of several threads would meet in the cache.
+constexpr int64_t kGap = 4096 + 7 * kAlignment;
 
 // Floats of memory for one thread and the gap to that of the next.
 inline int64_t apart(int64_t floats) {
-  return floats == 0 ? 0 : (floats + kPage - 1) / kPage * kPage + kGap;
+  return floats == 0 ? 0 : aligned(floats) + kGap;
 }
 
 // Floats of work memory of a chunk: [sums | gradients | scratch], each aligned, and the gap.
@@ -31,7 +30,8 @@ inline int64_t chunk_size(const Header& header) {
 struct Run {
   const int64_t* program;
   float* slab;
-  float* work;  // of all chunks, one after another
+  float* work;    // of all chunks, one after another
+  int64_t chunk;  // floats from one to the next
   const uint8_t* flags;
   void* const* tensors;
   bool streams;  // as in Image
@@ -39,19 +39,19 @@ struct Run {
   const Header& header() const {
     return *reinterpret_cast<const Header*>(program);
   }
-  double* sums(int64_t chunk) const {
-    return reinterpret_cast<double*>(work + chunk * chunk_size(header()));
+  double* sums(int64_t number) const {
+    return reinterpret_cast<double*>(work + number * chunk);
   }
-  float* gradients(int64_t chunk) const {
-    return work + chunk * chunk_size(header()) + aligned(2 * header().sums);
+  float* gradients(int64_t number) const {
+    return work + number * chunk + aligned(2 * header().sums);
   }
-  float* scratch(int64_t chunk) const {
-    return gradients(chunk) + aligned(header().gradients);
+  float* scratch(int64_t number) const {
+    return gradients(number) + aligned(header().gradients);
   }
   // of all chunks
   void clear_gradients(int64_t first, int64_t count) const {
-    for (int64_t chunk = 0; chunk < header().chunks; ++chunk) {
-      std::fill_n(gradients(chunk) + first, count, 0.0f);
+    for (int64_t number = 0; number < header().chunks; ++number) {
+      std::fill_n(gradients(number) + first, count, 0.0f);
     }
   }
   bool holds(int64_t flag) const {

@@ -38,7 +38,7 @@ struct Clock {
   }
 };
 
-// Whole pages for the tiles of all chunks; kept by the thread that runs plans, as they are run over and over.
+// Memory for the tiles of all chunks; kept by the thread that runs plans, as they are run over and over.
 float* tiles(int64_t floats) {
   struct Free {
     void operator()(float* memory) const {
@@ -48,7 +48,7 @@ float* tiles(int64_t floats) {
   thread_local std::unique_ptr<float, Free> memory;
   thread_local int64_t size = 0;
   if (size < floats) {
-    memory.reset(static_cast<float*>(std::aligned_alloc(kPage * sizeof(float), floats * sizeof(float))));
+    memory.reset(static_cast<float*>(std::aligned_alloc(kAlignment * sizeof(float), floats * sizeof(float))));
     size = memory ? floats : 0;
     STD_TORCH_CHECK(memory, "run_plan: no memory for tiles of ", floats, " floats");
   }
@@ -67,8 +67,7 @@ void share_out(int64_t count, const Visit& visit) {
 
 void clear(const Run& run) {
   share_out(run.header().chunks, [&](int64_t first, int64_t last) {
-    const int64_t size = chunk_size(run.header());
-    std::fill_n(run.work + first * size, (last - first) * size, 0.0f);
+    std::fill_n(run.work + first * run.chunk, (last - first) * run.chunk, 0.0f);
   });
 }
 
@@ -265,7 +264,7 @@ int64_t Prepared::tile() const {
 void Prepared::run(float* slab, int64_t floats, float* work, void* const* tensors, double* seconds) const {
   // another instruction set may have been chosen meanwhile
   check_lane();
-  const Run run{program_, slab, work, flags_, tensors, floats > kCached};
+  const Run run{program_, slab, work, chunk_size(header()), flags_, tensors, floats > kCached};
   const Clock clock{seconds, operations_};
   const int64_t tile = this->tile();
   float* const memory = tiles(header().chunks * tile);

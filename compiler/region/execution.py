@@ -33,7 +33,7 @@ from nascompile.compiler.region.profiling import active
 from nascompile.compiler.region.reached import GradientMemory, Reached, reached
 from nascompile.compiler.region.remembered import remembered
 from nascompile.compiler.region.types import Boundaries, Boundary
-from nascompile.kernels.plan.program import PAGE
+from nascompile.kernels.plan.program import ALIGNMENT
 from nascompile.kernels.plan.run import run_timed
 
 _WANTS_GRADIENT = operator.attrgetter("requires_grad")
@@ -109,9 +109,9 @@ def _allocate(floats: int, executor: Executor) -> Tensor:
 
 
 def new_memory(floats: int, executor: Executor) -> Tensor:
-    """Memory of the executor's type that begins with a page, if only of small ones."""
-    memory = _allocate(floats + PAGE, executor)
-    skip = -memory.data_ptr() // memory.element_size() % PAGE
+    """Memory of the executor's type, aligned as programs need it."""
+    memory = _allocate(floats + ALIGNMENT, executor)
+    skip = -memory.data_ptr() // memory.element_size() % ALIGNMENT
     return memory[skip : skip + floats]
 
 

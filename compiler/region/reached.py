@@ -11,15 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nascompile.kernels.plan.program import aligned
+
 
 @dataclass(frozen=True, slots=True)
 class Reached:
     """parameters: the numbers of those with a gradient, first those that the program writes as a whole; groups:
-    how many in their order have which shape; floats: their elements together, the first `written` of which
-    need not be zeros; inputs: for every input whether it has a gradient."""
+    where in memory how many of them, in that order, have which shape; floats: of memory, the first `written`
+    of which need not be zeros; inputs: for every input whether it has a gradient."""
 
     parameters: list[int]
-    groups: list[tuple[int, torch.Size]]
+    groups: list[tuple[int, int, torch.Size]]
     floats: int
     written: int
     inputs: list[bool]
@@ -32,10 +34,15 @@ def reached(
     program writes as a whole."""
     there = [k for k, has in enumerate(parameters) if has]
     numbers = sorted(there, key=lambda k: (not whole[k], shapes[k]))
-    by_shape = groupby(numbers, key=lambda k: (whole[k], shapes[k]))
-    groups = [(len(list(members)), shape) for (_, shape), members in by_shape]
-    written = sum(shapes[k].numel() for k in there if whole[k])
-    return Reached(numbers, groups, sum(shapes[k].numel() for k in there), written, list(inputs))
+    groups: list[tuple[int, int, torch.Size]] = []
+    floats = written = 0
+    for (is_whole, shape), members in groupby(numbers, key=lambda k: (whole[k], shapes[k])):
+        count = len(list(members))
+        # kernels are faster where tensors begin at multiples of a cache line
+        groups.append((aligned(floats), count, shape))
+        floats = aligned(floats) + count * shape.numel()
+        written = floats if is_whole else written
+    return Reached(numbers, groups, floats, written, list(inputs))
 
 
 class GradientMemory:
@@ -66,11 +73,10 @@ class GradientMemory:
         return found
 
 
-def _pieces(flat: Tensor, groups: Sequence[tuple[int, torch.Size]]) -> Iterator[Tensor]:
-    """Tensors in the memory of `flat`, one after another: those of one shape by one operation."""
-    sizes = [count * shape.numel() for count, shape in groups]
-    for part, (count, shape) in zip(flat.split(sizes), groups, strict=True):
-        yield from part.view(count, *shape).unbind()
+def _pieces(flat: Tensor, groups: Sequence[tuple[int, int, torch.Size]]) -> Iterator[Tensor]:
+    """Tensors in the memory of `flat`: those of one shape by one operation."""
+    for start, count, shape in groups:
+        yield from flat[start : start + count * shape.numel()].view(count, *shape).unbind()
 
 
 def _is_held(flat: Tensor) -> bool:

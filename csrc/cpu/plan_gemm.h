@@ -223,38 +223,32 @@ inline void dense(const Dense& call, const Rectangle& all, const Moments& moment
 template <int kRows, int kVecs>
 NASCOMPILE_APART void dense_gradient_block(const Rectangle& all, int64_t out, float* gradient) {
   all.ahead->turn();
-  Vecs<kRows> sums[kVecs];
-#pragma GCC unroll 2
-  for (int n = 0; n < kVecs; ++n) {
-    sums[n] = load_each<kRows>(gradient + n * kLane, out);
-  }
+  // row by row: they may come from afar
+  const auto place = [=](int k) { return gradient + k / kVecs * out + k % kVecs * kLane; };
+  auto sums = registers<kRows * kVecs>([=](int k) { return Vec::loadu(place(k)); });
   for (int64_t row = 0; row < all.rows; ++row) {
     const float* source = all.source + row * all.source_row;
     const float* target = all.target + row * all.target_row;
-    blocks<4>(all.columns, [&](int64_t, auto count) {
-      all.fetch(decltype(count)::value * kRows * kVecs);
-#pragma GCC unroll 4
-      for (int column = 0; column < decltype(count)::value; ++column) {
-        const auto values = load_each<kVecs>(target, kLane);
-#pragma GCC unroll 16
-        for (int r = 0; r < kRows; ++r) {
-          const Vec value(source[r]);
-#pragma GCC unroll 2
-          for (int n = 0; n < kVecs; ++n) {
-            sums[n][r] = at::vec::fmadd(value, values[n], sums[n][r]);
-          }
-        }
-        source += all.source_pixel;
-        target += all.target_pixel;
+    for (int64_t column = 0; column < all.columns; ++column) {
+      if (column % kSome == 0) {
+        all.fetch(kSome * kRows * kVecs);
       }
-    });
-  }
-#pragma GCC unroll 2
-  for (int n = 0; n < kVecs; ++n) {
+      const auto values = load_each<kVecs>(target, kLane);
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-      sums[n][r].store(gradient + r * out + n * kLane);
+      for (int r = 0; r < kRows; ++r) {
+        const Vec value(source[r]);
+#pragma GCC unroll 2
+        for (int n = 0; n < kVecs; ++n) {
+          sums[r * kVecs + n] = at::vec::fmadd(value, values[n], sums[r * kVecs + n]);
+        }
+      }
+      source += all.source_pixel;
+      target += all.target_pixel;
     }
+  }
+#pragma GCC unroll 16
+  for (int k = 0; k < kRows * kVecs; ++k) {
+    sums[k].store(place(k));
   }
 }
 

@@ -91,11 +91,14 @@ void pack_transposed(
 // target[k] = the sum of the chunks' gradients from `source` on, in chunk order; these are zero afterwards.
 void take_gradients(const plan::Run& run, int64_t source, int64_t count, float* target) {
   const int64_t chunks = run.header().chunks;
+  // not looked up in the loops, which write what might be the header for all that the compiler knows
+  const int64_t apart = run.chunk;
+  float* const begin = run.gradients(0) + source;
   int64_t first = 0;
   for (; first + kSide <= count; first += kSide) {
     double sums[kSide] = {};
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      float* const gradients = run.gradients(chunk) + source + first;
+      float* const gradients = begin + chunk * apart + first;
       for (int64_t k = 0; k < kSide; ++k) {
         sums[k] += gradients[k];
         gradients[k] = 0.0f;
@@ -108,7 +111,7 @@ void take_gradients(const plan::Run& run, int64_t source, int64_t count, float* 
   for (; first < count; ++first) {
     double sum = 0;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      float& gradient = run.gradients(chunk)[source + first];
+      float& gradient = begin[chunk * apart + first];
       sum += gradient;
       gradient = 0.0f;
     }

@@ -17,11 +17,9 @@ _BARRIERS = {kind: number for number, kind in enumerate(BARRIERS)}
 _STEPS = {kind: number for number, kind in enumerate(STEPS)}
 ALIGNMENT = 16
 """Floats: every part of a chunk's work memory, and every map, begins at a multiple of it."""
-PAGE = 1024
-"""Floats: the work memory of every chunk begins at a multiple of it, if that of the first does."""
-GAP = 4 * PAGE
+GAP = 4096 + 7 * ALIGNMENT
 """Floats between the work memory of two chunks: prefetchers of one thread would take from the other what it
-is about to write."""
+is about to write. No whole number of pages, or what is added up of several chunks would meet in the cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +51,12 @@ class Program:
         """Floats of work memory that `run` needs."""
         parts = (2 * self.sums, self.gradients, self.scratch)
         floats = sum(aligned(part) for part in parts)
-        return self.chunks * (aligned(floats, PAGE) + GAP) if floats else 0
+        return self.chunks * (floats + GAP) if floats else 0
 
 
-def aligned(count: int, alignment: int = ALIGNMENT) -> int:
+def aligned(count: int) -> int:
     """`count` floats rounded up to a whole number of alignments."""
-    return -(-count // alignment) * alignment
+    return -(-count // ALIGNMENT) * ALIGNMENT
 
 
 def encode(program: Program) -> Tensor:

@@ -316,7 +316,7 @@ def test_what_does_not_fit_is_refused():
     refuse("slab must be a contiguous fp32 tensor", slab=memory.slab[::2])
     refuse("slab must begin at a multiple of 64 bytes", slab=memory.slab[1:])
     refuse("work must begin at a multiple of 64 bytes", work=work[1:])
-    refuse("the program needs 10240", encoded=encode(replace(program, sums=3)), work=work[:1])
+    refuse("the program needs 8448", encoded=encode(replace(program, sums=3)), work=work[:1])
     refuse("flags must be a contiguous uint8 tensor", flags=flags.bool())
     refuse("uses flag 1, there are 1", encoded=of(steps=(replace(load, flag=1),)))
     refuse("uses tensor 0, there are 0", tensors=[])
