@@ -79,11 +79,7 @@ def evaluate(
                     found = _named(value, positions[0], done)
                     del output
                     names = found.keys() if names is None else names
-                    if found.keys() != names:
-                        raise NascompileError(
-                            f"metric gives {_entries(found)} for architecture {positions[0]} in batch {done}, "
-                            f"expected {_entries(names)} as before"
-                        )
+                    _check_names(found, names, positions[0], done)
                     for position in positions:
                         meters[position].update(found, batch.size)
             done, size = done + 1, size + batch.size
@@ -134,6 +130,14 @@ def _named(value: Any, architecture: int, batch: int) -> dict[str, Any]:
                 "expected a number, a tensor of one, or a dict of them"
             )
     return found
+
+
+def _check_names(found: dict[str, Any], names: KeysView[str], architecture: int, batch: int) -> None:
+    if found.keys() != names:
+        raise NascompileError(
+            f"metric gives {_entries(found)} for architecture {architecture} in batch {batch}, "
+            f"expected {_entries(names)} as before"
+        )
 
 
 def _is_number(value: Any) -> bool:

@@ -44,9 +44,14 @@ def call(
     return tuple(outputs)
 
 
-def _known(execution: Execution, chosen: frozenset[Weight], *parts: Sequence[Tensor]) -> list[Tensor]:
+def _known(
+    execution: Execution,
+    chosen: frozenset[Weight],
+    vectors: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    parameters: list[Tensor],
+) -> list[Tensor]:
     """Decision, inputs and parameters as the executor wants them in memory, the decision last."""
-    vectors, tensors, parameters = parts
     decision = torch.cat(list(vectors)) if vectors else torch.empty(0, **execution.options)
     inputs = [tensor.contiguous(memory_format=execution.memory_format) for tensor in tensors]
     return [*inputs, *execution.dense_parameters.of(parameters, chosen), decision]
@@ -62,7 +67,7 @@ class RunPlan(torch.autograd.Function):
         execution: Execution,
         decisions: Decisions,
         fallback: Any,
-        parameters: Sequence[Tensor],
+        parameters: list[Tensor],
         *args: Tensor,
     ) -> Any:
         ctx.set_materialize_grads(False)

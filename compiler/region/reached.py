@@ -16,9 +16,9 @@ from nascompile.kernels.plan.program import aligned
 
 @dataclass(frozen=True, slots=True)
 class Reached:
-    """parameters: the numbers of those with a gradient, first those that the program writes as a whole; groups:
-    where in memory how many of them, in that order, have which shape; floats: of memory, the first `written`
-    of which need not be zeros; inputs: for every input whether it has a gradient."""
+    """parameters: the numbers of those with a gradient, first those that the program writes as a whole;
+    groups: where in memory how many of them, in that order, have which shape; floats: of memory, the first
+    `written` of which need not be zeros; inputs: for every input whether it has a gradient."""
 
     parameters: list[int]
     groups: list[tuple[int, int, torch.Size]]

@@ -112,7 +112,9 @@ class Region:
         if self._said is not None:
             self._say(None)
         as_written = boundary.as_written(self.fallback)
-        outputs = boundary.call(lambda wide: call(execution, decisions, wide, parameters, as_written), tensors)
+        outputs = boundary.call(
+            lambda wide: call(execution, decisions, wide, parameters, as_written), tensors
+        )
         return outputs[0] if len(outputs) == 1 else outputs
 
     def _do(self, instead: Instead, tensors: Sequence[Tensor]) -> Any:

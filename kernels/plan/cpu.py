@@ -13,7 +13,7 @@ from nascompile.kernels.facts import Facts
 from nascompile.kernels.plan.program import ALIGNMENT
 
 _KNOWN = 8
-"""States of the flags for which a program stays prepared: soft weights have one, sampled paths ever new ones."""
+"""States of the flags for which a program stays prepared: soft weights have one, sampled paths new ones."""
 
 _TYPES = (torch.float32, torch.int64, torch.float32)
 """By kind of an expected tensor: contiguous numbers, a contiguous counter, images."""
@@ -30,7 +30,12 @@ class Prepared:
         self._under: dict[bytes, _UnderFlags] = {}
 
     def run(
-        self, slab: Tensor, work: Tensor, flags: Tensor, tensors: Sequence[Tensor], seconds: Tensor | None = None
+        self,
+        slab: Tensor,
+        work: Tensor,
+        flags: Tensor,
+        tensors: Sequence[Tensor],
+        seconds: Tensor | None = None,
     ) -> None:
         """Carry it out; `run.run` says on what. seconds: as `run.run_timed` returns them, to be added to."""
         for name, memory in (("slab", slab), ("work", work)):

@@ -33,7 +33,7 @@ def test_others_that_look_the_same_hold() -> None:
     assert Facts([]).hold([])
 
 
-CHANGES: dict[str, Callable[[list[Tensor]], None]] = {
+CHANGES: dict[str, Callable[[list[Tensor]], object]] = {
     "type": lambda some: some.__setitem__(0, some[0].double()),
     "size": lambda some: some.__setitem__(0, torch.zeros(2, 2)),
     "dimensions": lambda some: some.__setitem__(0, torch.zeros(3, 2, 1)),

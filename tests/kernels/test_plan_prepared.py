@@ -70,10 +70,9 @@ def test_a_program_is_forgotten_with_its_words():
     memory = Memory(images=1, chunks=1)
     program, _ = loaded(memory, torch.randn(1, 16, 3, 3))
     encoded = encode(program)
+    gc.collect()
     before = len(plan_run._PREPARED)
-    plan_run.run(
-        program, encoded, memory.slab, empty(0), torch.zeros(1, dtype=torch.uint8), memory.tensors
-    )
+    plan_run.run(program, encoded, memory.slab, empty(0), torch.zeros(1, dtype=torch.uint8), memory.tensors)
     assert len(plan_run._PREPARED) == before + 1
     del encoded
     gc.collect()

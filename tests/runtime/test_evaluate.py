@@ -329,7 +329,10 @@ def test_errors_of_a_metric_say_where() -> None:
 
 
 def test_errors_of_the_model_name_the_batch() -> None:
-    batches = [(torch.randn(2, FEATURES), torch.zeros(2).long()), (torch.randn(2, FEATURES + 1), torch.zeros(2))]
+    batches = [
+        (torch.randn(2, FEATURES), torch.zeros(2).long()),
+        (torch.randn(2, FEATURES + 1), torch.zeros(2)),
+    ]
     with pytest.raises(RuntimeError) as raised:
         nascompile.evaluate(Net(), ARCHITECTURES, batches, loss)
     assert raised.value.__notes__[-1] == "in batch 1 of the loader"
