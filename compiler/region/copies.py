@@ -45,7 +45,8 @@ class DenseTensors:
 
     def __init__(self, graph: Graph, refs: Sequence[TensorRef], copies: Copies) -> None:
         self._graph, self.refs, self._copies = graph, refs, copies
-        self._sizes = [ref.value.numel() for ref in refs]
+        self._shapes = [ref.value.shape for ref in refs]
+        self._sizes = [shape.numel() for shape in self._shapes]
         self._dicts, self._names = [ref.dictionary for ref in refs], [ref.name for ref in refs]
         self._types = [torch.int64 if ref.is_counter else graph.dtype for ref in refs]
         self._own: list[Tensor | None] = [None] * len(refs)
@@ -61,8 +62,15 @@ class DenseTensors:
         last = self._last
         if last is None or not last.facts.hold(values):
             fits = list(map(TYPE_OF, values)) == self._types and all(map(Tensor.is_contiguous, values))
-            last = self._last = Look(Facts(values), fits)
+            last = self._last = Look(Facts(values), fits and list(map(Tensor.size, values)) == self._shapes)
         return last
+
+    def misshapen(self, values: Sequence[Tensor]) -> str | None:
+        """What is said of the first tensor that has another shape than the plan was made for, or None."""
+        for ref, value, shape in zip(self.refs, values, self._shapes, strict=True):
+            if value.shape != shape:
+                return f"{ref.name} has the shape {tuple(value.shape)}, {tuple(shape)} before"
+        return None
 
     def of(self, values: list[Tensor], chosen: frozenset[Weight]) -> list[Tensor]:
         """`values`, which `refs` refer to: themselves, or copies in the type of the plan. What the decision

@@ -176,10 +176,14 @@ class Execution:
         self, tensors: Sequence[Tensor], parameters: Sequence[Tensor], chosen: frozenset[Weight]
     ) -> Boundary | str:
         """The boundary of a call; a string says why the program as written has to run, or fail."""
-        running = ((dense, dense.values()) for dense in (self._dense_buffers, self.fixed))
-        is_plain = self.dense_parameters.look(parameters).fits and all(
-            dense.look(values).fits for dense, values in running
-        )
+        running = [(dense, dense.values()) for dense in (self._dense_buffers, self.fixed)]
+        is_plain = self.dense_parameters.look(parameters).fits
+        for dense, values in running:
+            if not dense.look(values).fits:
+                is_plain = False
+                reason = dense.misshapen(values)
+                if reason is not None:
+                    return reason
         return self._boundaries.of(tensors, chosen, is_plain=is_plain)
 
     def flags(self, chosen: frozenset[Weight]) -> tuple[Tensor, list[bool]]:
