@@ -67,7 +67,7 @@ def test_statistics_of_another_size_are_the_error_of_torch() -> None:
     compiled = nascompile.compile(model)
     mutator.reset()
     compiled(X).sum().backward()
-    norm = model.stem[1]
+    norm = model.stem.get_submodule("1")
     norm.running_mean = torch.zeros(4)
     for one in (model, compiled):
         mutator.reset()
