@@ -98,6 +98,13 @@ def _has_values(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return real and plain and not torch.compiler.is_compiling()
 
 
+def _has_memory(tensor: Tensor) -> bool:
+    """Whether a tensor can be copied: torch crashes where its storage has been taken away (`resize_(0)`)."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
+        return True
+    return tensor.numel() == 0 or tensor.untyped_storage().nbytes() > 0
+
+
 @contextmanager
 def state_kept(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
     """Put the model's buffers and attributes, the arguments and all random states back afterwards."""
@@ -107,6 +114,7 @@ def state_kept(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     kept = [
         (tensor, tensor.detach().clone(), _version(tensor))
         for tensor in {**held, **{id(leaf): leaf for leaf in tensors}}.values()
+        if _has_memory(tensor)
     ]
     devices = sorted({t.device.index or 0 for t, _, _ in kept if t.device.type == "cuda"})
     numpy_state, python_state = numpy.random.get_state(), random.getstate()

@@ -50,11 +50,11 @@ static T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// (number, kind, sizes, strides) of every tensor that is used
+// (number, kind, least elements, sizes, strides) of every tensor that is used
 static std::vector<pybind11::tuple> expected(const Prepared& prepared) {
   std::vector<pybind11::tuple> rows;
   for (const auto& tensor : prepared.expected()) {
-    rows.push_back(pybind11::make_tuple(tensor.number, static_cast<int64_t>(tensor.kind), tensor.sizes, tensor.strides));
+    rows.push_back(pybind11::make_tuple(tensor.number, static_cast<int64_t>(tensor.kind), tensor.least, tensor.sizes, tensor.strides));
   }
   return rows;
 }
@@ -98,7 +98,7 @@ PYBIND11_MODULE(_C, m) {
             return std::make_unique<Prepared>(pointer<int64_t>(program), words, pointer<uint8_t>(flags), count);
           }),
           "The program and the flags have to stay where they are.")
-      .def_property_readonly("expected", &expected, "Of every tensor used: number, kind, sizes and strides; csrc/plan_prepared.h.")
+      .def_property_readonly("expected", &expected, "Of every tensor used: number, kind, least elements, sizes and strides; csrc/plan_prepared.h.")
       .def_property_readonly("operations", &Prepared::operations, "All of the program.")
       .def_property_readonly("work", &Prepared::work_size, "Floats of work memory.")
       .def("run", &run, "Carry it out: slab, its floats, work, tensors, and [chunks][operations] of seconds or 0.");

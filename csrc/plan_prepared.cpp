@@ -175,40 +175,61 @@ void Prepared::add_phase(const Phase& phase, int64_t flags) {
   readings_.emplace_back(steps_.begin(number), steps_.end(number), program_, flags_);
 }
 
-void Prepared::expect(int64_t number, Expected::Kind kind) {
+void Prepared::expect(int64_t number, int64_t least, Expected::Kind kind) {
   if (number >= 0) {
-    expected_.push_back({number, kind, {}, {}});
+    expected_.push_back({number, kind, least, {}, {}});
   }
 }
 
+// Of a tensor: as many as its last segment needs.
+int64_t Prepared::channels(const List<Segment>& segments) const {
+  int64_t most = 0;
+  for (int64_t k = 0; k < segments.count; ++k) {
+    const Segment& segment = segments.in(program_)[k];
+    most = std::max(most, segment.logical + segment.count);
+  }
+  return most;
+}
+
 void Prepared::expect_barrier(int64_t kind, const int64_t* fields) {
+  const auto dense = [&](const auto& op) {
+    expect(op.tensor, op.count * channels(op.in_segments) * channels(op.out_segments));
+  };
+  const auto depthwise = [&](const auto& op) { expect(op.tensor, op.count * channels(op.segments)); };
+  const auto decision = [&](int64_t number, const auto& list) {
+    int64_t most = 0;
+    for (int64_t k = 0; k < list.count; ++k) {
+      most = std::max(most, list.in(program_)[k].weight + 1);
+    }
+    expect(number, most);
+  };
   switch (kind) {
     case kPackDepthwise:
-      return expect(as<PackDepthwise>(fields).tensor, Expected::kFloats);
+      return depthwise(as<PackDepthwise>(fields));
     case kPackDense:
-      return expect(as<PackDense>(fields).tensor, Expected::kFloats);
+      return dense(as<PackDense>(fields));
     case kUnpackDepthwise:
-      return expect(as<UnpackDepthwise>(fields).tensor, Expected::kFloats);
+      return depthwise(as<UnpackDepthwise>(fields));
     case kUnpackDense:
-      return expect(as<UnpackDense>(fields).tensor, Expected::kFloats);
+      return dense(as<UnpackDense>(fields));
     case kNormalise: {
       const auto& op = as<Normalise>(fields);
       for (const int64_t number : {op.gamma, op.beta, op.running_mean, op.running_var}) {
-        expect(number, Expected::kFloats);
+        expect(number, channels(op.segments));
       }
-      return expect(op.counter, Expected::kCounter);
+      return expect(op.counter, 1, Expected::kCounter);
     }
     case kCoefficients:
-      return expect(as<Coefficients>(fields).decision, Expected::kFloats);
+      return decision(as<Coefficients>(fields).decision, as<Coefficients>(fields).terms);
     case kNormaliseBackward: {
       const auto& op = as<NormaliseBackward>(fields);
-      for (const int64_t number : {op.decision, op.gamma, op.beta}) {
-        expect(number, Expected::kFloats);
-      }
-      return;
+      decision(op.decision, op.upstream);
+      // gradients that are left out where nothing reaches the normalisation
+      expect(op.gamma, 0);
+      return expect(op.beta, 0);
     }
     case kDecisionGradient:
-      return expect(as<DecisionGradient>(fields).tensor, Expected::kFloats);
+      return expect(as<DecisionGradient>(fields).tensor, as<DecisionGradient>(fields).weight + 1);
     default:
       STD_TORCH_CHECK(false, "run_plan: there is no barrier operation of kind ", kind);
   }
@@ -218,15 +239,11 @@ void Prepared::expect_step(int64_t kind, const int64_t* fields) {
   STD_TORCH_CHECK(kind >= kLoad && kind <= kGateGradient, "run_plan: there is no step of kind ", kind);
   // what Load and Store go over: `step` has the strides of an (n, c, h, w) tensor
   const auto images = [&](const auto& step, const Map& map) {
-    int64_t channels = 0;
-    for (int64_t k = 0; k < step.segments.count; ++k) {
-      const Segment& segment = step.segments.in(program_)[k];
-      channels = std::max(channels, segment.logical + segment.count);
-    }
     expected_.push_back(
         {step.tensor,
          Expected::kImages,
-         {header().images, channels, map.height, map.width},
+         0,
+         {header().images, channels(step.segments), map.height, map.width},
          {step.stride_n, step.stride_c, step.stride_h, step.stride_w}});
   };
   if (kind == kLoad) {

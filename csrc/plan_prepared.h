@@ -16,7 +16,8 @@ struct Expected {
   enum Kind : int64_t { kFloats, kCounter, kImages };
 
   int64_t number;
-  Kind kind;  // contiguous fp32, contiguous int64, fp32 with these sizes and strides
+  Kind kind;      // contiguous fp32, contiguous int64, fp32 with these sizes and strides
+  int64_t least;  // elements; of images their sizes say it
   std::array<int64_t, 4> sizes, strides;
 };
 
@@ -45,7 +46,8 @@ class Prepared {
     return *reinterpret_cast<const Header*>(program_);
   }
   void add_phase(const Phase& phase, int64_t flags);
-  void expect(int64_t number, Expected::Kind kind);
+  void expect(int64_t number, int64_t least, Expected::Kind kind = Expected::kFloats);
+  int64_t channels(const List<Segment>& segments) const;
   void expect_barrier(int64_t kind, const int64_t* fields);
   void expect_step(int64_t kind, const int64_t* fields);
   void check_lane() const;

@@ -31,9 +31,9 @@ class Prepared:
 
     def __init__(self, program: int, words: int, flags: int, count: int) -> None: ...
     @property
-    def expected(self) -> list[tuple[int, int, list[int], list[int]]]:
+    def expected(self) -> list[tuple[int, int, int, list[int], list[int]]]:
         """Of every tensor that is used its number, its kind (0: contiguous fp32, 1: contiguous int64, 2: fp32
-        images of at least so many channels), its sizes and strides."""
+        images of at least so many channels), how many elements it has at least, its sizes and strides."""
 
     @property
     def operations(self) -> int:

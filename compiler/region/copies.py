@@ -66,10 +66,12 @@ class DenseTensors:
         return last
 
     def misshapen(self, values: Sequence[Tensor]) -> str | None:
-        """What is said of the first tensor that has another shape than the plan was made for, or None."""
+        """What is said of the first tensor that a plan cannot take, not even a copy of it; or None."""
         for ref, value, shape in zip(self.refs, values, self._shapes, strict=True):
             if value.shape != shape:
                 return f"{ref.name} has the shape {tuple(value.shape)}, {tuple(shape)} before"
+            if ref.is_counter and value.dtype != torch.int64:
+                return f"{ref.name} counts in {value.dtype}"
         return None
 
     def of(self, values: list[Tensor], chosen: frozenset[Weight]) -> list[Tensor]:

@@ -24,6 +24,7 @@ from nascompile.compiler.region.operations import settings_of
 from nascompile.compiler.region.plan import Plan, build
 from nascompile.compiler.region.read import read
 from nascompile.compiler.region.settings import Settings, read_borders
+from nascompile.compiler.region.shapes import check_shapes
 from nascompile.compiler.region.types import working_type
 from nascompile.kernels.transforms import is_forward_differentiated, is_transformed
 
@@ -222,6 +223,7 @@ class Region:
             *(self._modules, self.nodes, self.inputs, self.outputs, self._candidates),
             *(shapes, weighted, executor, self._without),  # type: ignore[arg-type]
         )
+        check_shapes(graph)
         images = tensors[0].shape[0]
         slots: dict[Weight, int] = {}
         for key, is_mean in decisions.vectors:

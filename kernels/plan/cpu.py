@@ -49,6 +49,7 @@ class Prepared:
             )
         under.check(tensors)
         addresses = list(map(Tensor.data_ptr, tensors))
+        under.check_memory(addresses)
         clock = 0 if seconds is None else seconds.data_ptr()
         under.native.run(slab.data_ptr(), slab.numel(), work.data_ptr(), addresses, clock)
 
@@ -73,6 +74,7 @@ class _UnderFlags:
         self.native = extension().Prepared(
             encoded.data_ptr(), encoded.numel(), flags.data_ptr(), flags.numel()
         )
+        self._used = sorted({number for number, _, least, *_ in self.native.expected if least})
         self._facts: Facts | None = None
         self._count: int | None = None
 
@@ -80,13 +82,24 @@ class _UnderFlags:
         """Raise RuntimeError where the tensors are not what the program expects."""
         if self._facts is not None and len(tensors) == self._count and self._facts.hold(tensors):
             return
-        for number, kind, sizes, strides in self.native.expected:
+        for number, kind, least, sizes, strides in self.native.expected:
             if number >= len(tensors):
                 raise RuntimeError(f"run_plan: the program uses tensor {number}, there are {len(tensors)}")
             _check(number, tensors[number], kind, sizes, strides)
+            count = tensors[number].numel()
+            if count < least:
+                raise RuntimeError(
+                    f"run_plan: tensor {number} has {count} elements, the program needs {least}"
+                )
         # from the second time on: most sampled paths come once
         self._facts = Facts(tensors) if self._count == len(tensors) else None
         self._count = len(tensors)
+
+    def check_memory(self, addresses: Sequence[int]) -> None:
+        """Raise RuntimeError where the storage of a tensor has been taken away (`resize_(0)`)."""
+        used = [addresses[number] for number in self._used]
+        if 0 in used:
+            raise RuntimeError(f"run_plan: tensor {self._used[used.index(0)]} has no memory")
 
 
 def extension() -> ModuleType:
