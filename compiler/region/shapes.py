@@ -24,16 +24,18 @@ def check_shapes(graph: Graph) -> None:
 
 
 def _check_conv(value: Value, op: Conv) -> None:
-    shape: tuple[int, ...] = tuple(op.weight.value.shape)
+    size = op.weight.value.shape
     inputs = 1 if op.is_depthwise else value.inputs[0].shape[0]
     # those of a linear layer have no kernel
-    kernel: tuple[int, ...] = op.kernel if hasattr(op.weight.module, "kernel_size") else ()
-    fits = len(shape) >= 2 and shape[2:] == kernel and shape[1] == inputs
-    enough = shape[0] >= op.first + op.channels if fits else False
-    _require(op.weight, enough and shape[0] == _size(op.weight, shape[0]))
+    kernel = list(op.kernel) if hasattr(op.weight.module, "kernel_size") else []
+    fits = len(size) >= 2 and list(size[2:]) == kernel and size[1] == inputs
+    _require(op.weight, fits and size[0] >= op.first + op.channels and size[0] == _size(op.weight, size[0]))
 
 
 def _size(ref: TensorRef, otherwise: int) -> int:
+    """What a module of torch says; in others these names may mean anything."""
+    if not type(ref.module).__module__.startswith("torch.nn"):
+        return otherwise
     return next((getattr(ref.module, name) for name in _SIZES if hasattr(ref.module, name)), otherwise)
 
 
