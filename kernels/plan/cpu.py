@@ -74,7 +74,9 @@ class _UnderFlags:
         self.native = extension().Prepared(
             encoded.data_ptr(), encoded.numel(), flags.data_ptr(), flags.numel()
         )
-        self._used = sorted({number for number, _, least, *_ in self.native.expected if least})
+        # thousands of rows, made anew whenever the extension is asked
+        self._expected = self.native.expected
+        self._used = sorted({number for number, _, least, *_ in self._expected if least})
         self._facts: Facts | None = None
         self._count: int | None = None
 
@@ -82,7 +84,7 @@ class _UnderFlags:
         """Raise RuntimeError where the tensors are not what the program expects."""
         if self._facts is not None and len(tensors) == self._count and self._facts.hold(tensors):
             return
-        for number, kind, least, sizes, strides in self.native.expected:
+        for number, kind, least, sizes, strides in self._expected:
             if number >= len(tensors):
                 raise RuntimeError(f"run_plan: the program uses tensor {number}, there are {len(tensors)}")
             _check(number, tensors[number], kind, sizes, strides)
