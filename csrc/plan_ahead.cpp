@@ -51,21 +51,40 @@ void Readings::interleave(const std::vector<Stretch>& maps) {
   }
 }
 
+int64_t Readings::before(int64_t step) const {
+  const auto end = static_cast<int64_t>(stretches.size());
+  const int64_t next = step < static_cast<int64_t>(starts.size()) ? starts[step] : end;
+  return next < end ? stretches[next].before : floats;
+}
+
 void Ahead::begin(int64_t turn, int64_t step) {
-  const int64_t count = static_cast<int64_t>(readings_.stretches.size());
+  turn_ = turn;
+  step_ = step;
+  reach(0, 1);
+}
+
+void Ahead::reach(int64_t done, int64_t all) {
+  const auto count = static_cast<int64_t>(readings_.stretches.size());
   if (count == 0) {
     return;
   }
-  const int64_t map = readings_.starts[step];
-  const int64_t now = turn * readings_.floats + (map == count ? readings_.floats : readings_.stretches[map].before);
-  const int64_t reached = image_ * readings_.floats + readings_.stretches[map_].before + (at_ - begin_);
-  most_ = now + kAhead;
-  if (reached > now) {
+  const int64_t first = readings_.before(step_);
+  const int64_t now = first + (readings_.before(step_ + 1) - first) * done / all;
+  const int64_t before = turn_ * readings_.floats;
+  most_ = before + now + kAhead;
+  if (image_ * readings_.floats + readings_.stretches[map_].before + (at_ - begin_) >= before + now) {
     go_to(image_, map_, at_ - begin_);
-  } else if (map == count) {
-    go_to(turn + 1, 0, 0);
+    return;
+  }
+  // what the step has read by itself is left out
+  int64_t map = readings_.starts[step_];
+  while (map < count && readings_.stretches[map].before + readings_.stretches[map].floats <= now) {
+    ++map;
+  }
+  if (map == count) {
+    go_to(turn_ + 1, 0, 0);
   } else {
-    go_to(turn, map, 0);
+    go_to(turn_, map, (now - readings_.stretches[map].before) / kLine * kLine);
   }
 }
 

@@ -22,6 +22,9 @@ struct Readings {
   // Of steps whose flags hold.
   Readings(const Operation* begin, const Operation* end, const int64_t* program, const uint8_t* flags);
 
+  // Floats of one image that the steps before this one are the first to read.
+  int64_t before(int64_t step) const;
+
  private:
   void interleave(const std::vector<Stretch>& maps);
 };
@@ -43,6 +46,9 @@ class Ahead {
 
   // A step begins, of the image whose turn it is.
   void begin(int64_t turn, int64_t step);
+
+  // Of the step that has begun, `done` of `all` equal parts are computed.
+  void reach(int64_t done, int64_t all);
 
   // Between kernels: where a map has been fetched, the next one is begun.
   void turn() {
@@ -70,7 +76,8 @@ class Ahead {
   const Readings& readings_;
   const float* const slab_;
   const Turns turns_;
-  int64_t image_ = 0, map_ = 0;  // by turn
+  int64_t turn_ = 0, step_ = 0;   // what is being computed
+  int64_t image_ = 0, map_ = 0;   // what is being fetched; the image by its turn
   int64_t most_ = 0;              // floats, counted from the first image on, that may be fetched now
   const float* begin_ = nullptr;  // of the map
   const float* at_ = nullptr;     // what is fetched next

@@ -18,14 +18,26 @@ class Facts:
     """How some tensors look at present. Any others may be held against it; none are kept."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._guards = _guards(tensors)
+        firsts: dict[int, int] = {}
+        places = [firsts.setdefault(id(tensor), k) for k, tensor in enumerate(tensors)]
+        # torch's guards take a tensor that comes twice for another call
+        self._again = [(k, first) for k, first in enumerate(places) if k != first]
+        self._distinct = list(firsts.values())
+        self._guards = _guards([tensors[k] for k in self._distinct])
         self._looks = _looks(tensors) if self._guards is None else []
 
     def hold(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether as many tensors look the same one by one; may be False in another state of autocast."""
-        if self._guards is not None:
+        """Whether as many tensors look the same one by one; may be False in another state of autocast, or
+        where two of them have become one."""
+        if self._guards is None:
+            return _looks(tensors) == self._looks
+        if not self._again:
             return self._guards.check(*tensors)
-        return _looks(tensors) == self._looks
+        return (
+            len(tensors) == len(self._distinct) + len(self._again)
+            and all(tensors[k] is tensors[first] for k, first in self._again)
+            and self._guards.check(*[tensors[k] for k in self._distinct])
+        )
 
 
 def _guards(tensors: Sequence[Tensor]) -> Any:

@@ -18,7 +18,7 @@ from nascompile.compiler.region.ir import Weight
 from nascompile.kernels.transforms import is_batched
 
 _VERSION = operator.attrgetter("_version")
-_NOT_TENSORS = (None,) * 4
+_NOT_TENSORS = (None,) * 5
 """What `RunPlan.backward` gives for the arguments before the tensors."""
 
 
@@ -28,18 +28,20 @@ def call(
     tensors: Sequence[Tensor],
     parameters: list[Tensor],
     fallback: Callable[..., Any],
+    is_plain: bool,
 ) -> tuple[Tensor, ...]:
-    """The outputs of a region, with gradients where autograd wants them."""
+    """The outputs of a region, with gradients where autograd wants them; is_plain: as in Boundary."""
     vectors = list(decisions.vectors.values())
     if execution.wanted is not None:
         # autograd is told of what the decision leads to: others have no hooks to call, and no gradient
         reached = execution.kept(decisions.chosen).reached_of(parameters)
-        return RunPlan.apply(execution, decisions, fallback, parameters, *vectors, *tensors, *reached)
-    lease = execution.lease()
+        first = (execution, decisions, fallback, parameters, is_plain)
+        return RunPlan.apply(*first, *vectors, *tensors, *reached)
+    chosen, lease = decisions.chosen, execution.lease()
     with torch.no_grad():
-        known = _known(execution, decisions.chosen, vectors, tensors, parameters)
-        fixed = execution.fixed.now(decisions.chosen)
-        outputs = execution.forward(slab_of(lease), decisions.chosen, known, fixed)
+        known = _known(execution, chosen, vectors, tensors, parameters, is_plain)
+        fixed = execution.fixed.now(chosen)
+        outputs = execution.forward(slab_of(lease), chosen, known, fixed, is_plain=is_plain)
     lease.give_back()
     return tuple(outputs)
 
@@ -50,11 +52,13 @@ def _known(
     vectors: Sequence[Tensor],
     tensors: Sequence[Tensor],
     parameters: list[Tensor],
+    is_plain: bool = False,
 ) -> list[Tensor]:
     """Decision, inputs and parameters as the executor wants them in memory, the decision last."""
     decision = torch.cat(list(vectors)) if vectors else torch.empty(0, **execution.options)
     inputs = [tensor.contiguous(memory_format=execution.memory_format) for tensor in tensors]
-    return [*inputs, *execution.dense_parameters.of(parameters, chosen), decision]
+    own = parameters if is_plain else execution.dense_parameters.of(parameters, chosen)
+    return [*inputs, *own, decision]
 
 
 class RunPlan(torch.autograd.Function):
@@ -68,6 +72,7 @@ class RunPlan(torch.autograd.Function):
         decisions: Decisions,
         fallback: Any,
         parameters: list[Tensor],
+        is_plain: bool,
         *args: Tensor,
     ) -> Any:
         ctx.set_materialize_grads(False)
@@ -76,10 +81,10 @@ class RunPlan(torch.autograd.Function):
         kept = execution.kept(chosen)
         ctx.ends = (len(decisions.vectors), len(args) - sum(kept.reached))
         vectors, tensors = _parts(ctx, args)
-        known = _known(execution, chosen, vectors, tensors, parameters)
+        known = _known(execution, chosen, vectors, tensors, parameters, is_plain)
         fixed = execution.fixed.now(chosen)
         ctx.lease = execution.lease()
-        outputs = execution.forward(slab_of(ctx.lease), chosen, known, fixed)
+        outputs = execution.forward(slab_of(ctx.lease), chosen, known, fixed, is_plain=is_plain)
         ctx.save_for_backward(*vectors, *tensors, *kept.factors_of(parameters))
         # what only a second run needs must not fail the first; the statistics may have moved on by then
         ctx.parameters, ctx.fixed = parameters, execution.fixed.flat(fixed, chosen)

@@ -160,24 +160,23 @@ class Execution:
         """A slab for one run forward and backward."""
         return self._memory.lease(self.plan.slab, self.executor)
 
-    def suits(self, parameters: Sequence[Tensor], grad: bool) -> bool:
-        """Whether the parameters are still what the plan was made for."""
+    def suiting(self, parameters: Sequence[Tensor], grad: bool) -> Look | None:
+        """How the parameters look, if they are still what the plan was made for."""
         look = self.dense_parameters.look(parameters)
-        if look is self._suiting:
-            return True
-        wants = grad and any(map(_WANTS_GRADIENT, parameters))
-        has = self.wanted is not None and self.wanted.parameters
-        if wants != has or list(map(Tensor.size, parameters)) != self.shapes:
-            return False
-        self._suiting = look
-        return True
+        if look is not self._suiting:
+            wants = grad and any(map(_WANTS_GRADIENT, parameters))
+            has = self.wanted is not None and self.wanted.parameters
+            if wants != has or list(map(Tensor.size, parameters)) != self.shapes:
+                return None
+            self._suiting = look
+        return look
 
     def boundary(
-        self, tensors: Sequence[Tensor], parameters: Sequence[Tensor], chosen: frozenset[Weight]
+        self, tensors: Sequence[Tensor], parameters: Look, chosen: frozenset[Weight]
     ) -> Boundary | str:
         """The boundary of a call; a string says why the program as written has to run, or fail."""
         running = [(dense, dense.values()) for dense in (self._dense_buffers, self.fixed)]
-        is_plain = self.dense_parameters.look(parameters).fits
+        is_plain = parameters.fits
         for dense, values in running:
             if not dense.look(values).fits:
                 is_plain = False
@@ -202,13 +201,14 @@ class Execution:
         known: Sequence[Tensor],
         fixed: Sequence[Tensor],
         *,
+        is_plain: bool = False,
         updates: bool = True,
     ) -> list[Tensor]:
         """Run the forward program on inputs, parameters and decision, and the running statistics that it
-        leaves as they are; without `updates` on copies of the others."""
+        leaves as they are; without `updates` on copies of the others. is_plain: as in Boundary."""
         outputs = [self._new_like(value.shape) for value in self.plan.graph.outputs]
         values = self._dense_buffers.values()
-        buffers = self._dense_buffers.of(values, chosen)
+        buffers = values if is_plain else self._dense_buffers.of(values, chosen)
         buffers = buffers if updates else [buffer.clone() for buffer in buffers]
         tensors = [*known[:-1], *buffers, *fixed, known[-1], *outputs]
         self._run(self.plan.forward, self._forward, slab, chosen, tensors)

@@ -14,7 +14,7 @@ from nascompile.compiler.candidates import Candidate, called_module
 from nascompile.compiler.checks import ModuleSettings
 from nascompile.compiler.lower import LoweredChoice
 from nascompile.compiler.region.autograd import call
-from nascompile.compiler.region.copies import parameters_of
+from nascompile.compiler.region.copies import Look, parameters_of
 from nascompile.compiler.region.decisions import Decisions, choice_length, read_decisions
 from nascompile.compiler.region.execution import Execution, Memory
 from nascompile.compiler.region.executors import EXECUTORS, Executor
@@ -106,15 +106,15 @@ class Region:
         found = self._execution(tensors, decisions, executor)
         if isinstance(found, Instead):
             return self._do(found, tensors)
-        execution, parameters = found
-        boundary = execution.boundary(tensors, parameters, decisions.chosen)
+        execution, parameters, look = found
+        boundary = execution.boundary(tensors, look, decisions.chosen)
         if isinstance(boundary, str):
             return self._do(self._op_by_op(boundary), tensors)
         if self._said is not None:
             self._say(None)
         as_written = boundary.as_written(self.fallback)
         outputs = boundary.call(
-            lambda wide: call(execution, decisions, wide, parameters, as_written), tensors
+            lambda wide: call(execution, decisions, wide, parameters, as_written, boundary.is_plain), tensors
         )
         return outputs[0] if len(outputs) == 1 else outputs
 
@@ -178,8 +178,8 @@ class Region:
 
     def _execution(
         self, tensors: Sequence[Tensor], decisions: Decisions, executor: Executor
-    ) -> tuple[Execution, list[Tensor]] | Instead:
-        """What carries out such a call, and the parameters that it reads."""
+    ) -> tuple[Execution, list[Tensor], Look] | Instead:
+        """What carries out such a call, the parameters that it reads, and how they look."""
         grad = torch.is_grad_enabled()
         key = (
             tuple(tensor.shape for tensor in tensors),
@@ -194,9 +194,10 @@ class Region:
         known = self._executions.pop(key, None)
         if isinstance(known, Execution):
             parameters = known.dense_parameters.values()
-            if known.suits(parameters, grad):
+            look = known.suiting(parameters, grad)
+            if look is not None:
                 self._executions[key] = known
-                return known, parameters
+                return known, parameters, look
             known = None
         if known is None:
             if len(self._executions) >= PLAN_LIMIT:
@@ -206,7 +207,10 @@ class Region:
             except Unsupported as reason:
                 known = self._instead(reason)
         self._executions[key] = known
-        return known if isinstance(known, Instead) else (known, known.dense_parameters.values())
+        if isinstance(known, Instead):
+            return known
+        parameters = known.dense_parameters.values()
+        return known, parameters, known.dense_parameters.look(parameters)
 
     def _instead(self, reason: Unsupported) -> Instead:
         """What the region does where a plan cannot be made."""

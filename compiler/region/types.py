@@ -183,12 +183,16 @@ def _taken(value: Value, chosen: frozenset[Weight]) -> Sequence[Value]:
 
 @dataclass(frozen=True, slots=True)
 class Boundary:
-    """The types of a region's inputs and outputs in one call, and the state of autocast."""
+    """The types of a region's inputs and outputs in one call, and the state of autocast.
+
+    is_plain: all is as the executor wants it, the region's own tensors too; no copy of one is needed.
+    """
 
     inputs: Dtypes
     outputs: Dtypes
     device: str
     autocast: torch.dtype | None
+    is_plain: bool = False
 
     def call(self, run: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The outputs of `run`, which computes in the type of plans, on these inputs. Autograd casts their
@@ -223,13 +227,14 @@ class Boundaries:
     def of(self, tensors: Sequence[Tensor], chosen: frozenset[Weight], *, is_plain: bool) -> Boundary | str:
         """The boundary of a call; a string says why the program as written has to run, or fail.
 
-        is_plain: the region's own tensors are known to be of the type of plans.
+        is_plain: the region's own tensors are known to be as the executor wants them.
         """
         inputs = tuple(tensor.dtype for tensor in tensors)
         autocast = autocast_type(self._graph.device)
         working = self._graph.dtype
         if is_plain and autocast is None and set(inputs) == {working}:
-            return Boundary(inputs, (working,) * len(self._graph.outputs), self._graph.device, None)
+            outputs = (working,) * len(self._graph.outputs)
+            return Boundary(inputs, outputs, self._graph.device, None, is_plain=True)
         own = tuple(map(TYPE_OF, map(operator.getitem, self._holders, self._names)))
         key = (inputs, own, autocast, chosen)
         return remembered(self._known, key, lambda: self._read(inputs, autocast, chosen))

@@ -42,6 +42,7 @@ void plan_convolve(const plan::Convolve& step, const plan::Image& image) {
   const int64_t tile_row = y.width * x.channels;
   const int64_t rows = forward_rows(step);
   for (int64_t row = 0; row < y.height; row += rows) {
+    image.ahead->reach(row, y.height);
     Rectangle part;
     part.rows = y.height - row < rows ? y.height - row : rows;
     part.columns = y.width;

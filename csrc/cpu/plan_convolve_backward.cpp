@@ -253,6 +253,7 @@ void plan_convolve_backward(const plan::ConvolveBackward& step, const plan::Imag
   float* const d_tile = dy_tile + rows * step.y_width * step.y_channels;
 
   for (int64_t row = 0; row < step.y_height; row += rows) {
+    image.ahead->reach(row, step.y_height);
     // x as the forward taps read it, and the same pixels of the padded image
     const Rectangle part{
         image.at(x) + row * step.stride_h * x.row,
@@ -305,6 +306,7 @@ void plan_convolve_backward(const plan::ConvolveBackward& step, const plan::Imag
       depthwise_gradient(depthwise_taps, step.depthwise_taps.count, part, x.channels, spatial_gradient);
     }
   }
+  image.ahead->reach(1, 1);
   if (step.needs_input != 0 && !is_pointwise(step)) {
     make_dx(step, image);
   }

@@ -66,3 +66,16 @@ def test_modes_of_autograd_make_no_difference() -> None:
     assert looks.hold(some)
     with torch.no_grad():
         assert looks.hold(some)
+
+
+def test_a_tensor_may_come_twice() -> None:
+    """As the parameters of two modules that share them do."""
+    shared, other = torch.zeros(2), torch.zeros(2)
+    looks = Facts([shared, other, shared])
+    assert looks.hold([shared, other, shared])
+    assert not looks.hold([shared, torch.zeros(3), shared])
+    assert not looks.hold([torch.zeros(3), other, torch.zeros(3)])
+    # what is one tensor once says nothing of two
+    assert not looks.hold([shared, other, torch.zeros(3)])
+    assert not looks.hold([shared, other])
+    assert not looks.hold([shared, other, shared, other])
