@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import fx
 from torch.autograd.variable import VariableMeta
 
 from nascompile.compiler.guards import NotTraceable
+from nascompile.compiler.patching import replaced
 
 Record = Callable[..., Any]
 _NAMES = tuple(
@@ -28,9 +30,11 @@ class Constructor:
     """Stands for a type of old torch while a program is traced: a call is recorded."""
 
     def __init__(self, kind: Any, record: Record) -> None:
-        self.kind, self._record = kind, record
+        self.kind, self._record, self._thread = kind, record, threading.get_ident()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != self._thread:
+            return self.kind(*args, **kwargs)
         if kwargs or not args:
             raise NotTraceable(f"calls torch.{self.kind.__name__} with {', '.join(kwargs) or 'no'} arguments")
         first = args[0]
@@ -49,7 +53,6 @@ class Constructor:
 @contextmanager
 def recorded_constructors(record: Record) -> Iterator[None]:
     """Meanwhile `record(function, args, kwargs)` gets the calls of such constructors."""
-    kept = [(home, name, getattr(home, name)) for home, name in KINDS]
 
     def call(cls: Any, *args: Any, **kwargs: Any) -> Any:
         first = args[0] if args else None
@@ -59,15 +62,12 @@ def recorded_constructors(record: Record) -> Iterator[None]:
             raise NotTraceable("makes a Variable that wants a gradient")
         return first.detach()
 
-    try:
-        for home, name, kind in kept:
-            setattr(home, name, Constructor(kind, record))
-        VariableMeta.__call__ = call  # type: ignore[method-assign]
+    with ExitStack() as patches:
+        for home, name in KINDS:
+            patches.enter_context(replaced(home, name, Constructor(getattr(home, name), record)))
+        # a stand-in is in the thread that traces alone
+        patches.enter_context(replaced(VariableMeta, "__call__", call))
         yield
-    finally:
-        for home, name, kind in kept:
-            setattr(home, name, kind)
-        del VariableMeta.__call__
 
 
 def why_constructor(error: Exception) -> str | None:

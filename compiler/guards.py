@@ -4,7 +4,7 @@ hold, the trace is valid."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from nascompile.compiler.checks import ModelState
 from nascompile.compiler.code import code_of
 from nascompile.compiler.fingerprint import SCALARS, attribute, fingerprint
 from nascompile.compiler.names import is_own_method
+from nascompile.compiler.patching import here, replaced
 from nascompile.compiler.snapshot import is_changeable, is_unchanged, put_back, snapshot
 from nascompile.compiler.watch import Condition, Glance
 
@@ -122,8 +123,6 @@ def watch_attributes(guards: Guards, tensor: Callable[[Tensor], Any]) -> Iterato
 
     `tensor` gives what the program gets for a tensor that is neither parameter nor buffer.
     """
-    original_set: Callable[..., None] = nn.Module.__setattr__
-    original_delete: Callable[..., None] = nn.Module.__delattr__
 
     def read(module: nn.Module, name: str) -> Any:
         try:
@@ -147,12 +146,8 @@ def watch_attributes(guards: Guards, tensor: Callable[[Tensor], Any]) -> Iterato
     def refuse(module: nn.Module, name: str, *value: Any) -> None:
         raise NotTraceable(f"assigns {type(module).__name__}.{name} in forward")
 
-    try:
-        nn.Module.__getattribute__ = read
-        nn.Module.__setattr__ = refuse  # type: ignore[assignment]
-        nn.Module.__delattr__ = refuse  # type: ignore[method-assign]
+    with ExitStack() as patches:
+        watches = (("__getattribute__", read), ("__setattr__", refuse), ("__delattr__", refuse))
+        for name, value in watches:
+            patches.enter_context(replaced(nn.Module, name, here(nn.Module, name, value)))
         yield
-    finally:
-        del nn.Module.__getattribute__
-        nn.Module.__setattr__ = original_set
-        nn.Module.__delattr__ = original_delete

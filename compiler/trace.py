@@ -12,6 +12,7 @@ import builtins
 import inspect
 import operator
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -33,6 +34,7 @@ from nascompile.compiler.constructors import Constructor, recorded_constructors,
 from nascompile.compiler.guards import Guards, NotTraceable, watch_attributes
 from nascompile.compiler.mutables import InputChoice, LayerChoice, Mutable, MutableScope
 from nascompile.compiler.names import assigned_globals
+from nascompile.compiler.patching import TRACING, here, replaced
 from nascompile.compiler.signature import guessed_inputs
 from nascompile.compiler.space import unwrap
 
@@ -140,7 +142,7 @@ class ModelTracer(fx.Tracer):
             self.paths.setdefault(unwrap(module), path)
         self.submodule_paths = self.paths
         self._tensors = _tensor_paths(model)
-        self._ambient = ambient_modes()
+        self._ambient, self._thread = ambient_modes(), threading.get_ident()
 
     def proxy(self, node: fx.Node) -> TensorProxy:
         """Wrap a node (fx interface)."""
@@ -157,7 +159,7 @@ class ModelTracer(fx.Tracer):
         if reason is not None:
             self.islands[path] = Island(path, *where_defined(module), reason)
             return False
-        with self._tracing():
+        with TRACING, self._tracing():
             try:
                 args, kwargs = make_inputs(self)
                 output = self._run(module, own_forward(module), args, kwargs)
@@ -215,8 +217,10 @@ class ModelTracer(fx.Tracer):
     def create_node(
         self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None
     ) -> fx.Node:
-        """Record a node, unless the program has changed a mode that the graph would not carry (fx
-        interface)."""
+        """Record a node, unless the program has changed a mode or a thread that the graph would not carry
+        (fx interface)."""
+        if threading.get_ident() != self._thread:
+            raise NotTraceable("computes in threads of its own")
         if ambient_modes() != self._ambient:
             raise NotTraceable("changes the gradient, inference or autocast mode in forward")
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
@@ -269,7 +273,7 @@ class ModelTracer(fx.Tracer):
 
     @contextmanager
     def _tracing(self) -> Iterator[None]:
-        if nn.Module.__call__.__module__ == __name__:
+        if nn.Module.__call__.__module__ == here.__module__:
             # torch and nn.Module have been changed already, and the inner trace would record into the outer
             raise NotTraceable("runs a compiled model otherwise than as a module of this one")
         original_getattr = nn.Module.__getattr__
@@ -295,14 +299,12 @@ class ModelTracer(fx.Tracer):
                 (nn.Module, "__getattr__", lookup),
                 (torch.autograd.Function, "apply", classmethod(apply)),
                 (torch.autograd.graph.saved_tensors_hooks, "__enter__", enter),
-                *((module, name, _refuses(function)) for module, name, function in _TYPE_QUESTIONS),
                 *((torch, factory.__name__, self._recorded(factory)) for factory in _FACTORIES),
             ):
-                patches.callback(setattr, owner, name, owner.__dict__[name])
-                setattr(owner, name, value)
-            if "__getattribute__" in nn.Module.__dict__:
-                # somebody else's, which the watch would take away with its own
-                patches.callback(setattr, nn.Module, "__getattribute__", nn.Module.__getattribute__)
+                patches.enter_context(replaced(owner, name, here(owner, name, value)))
+            for module, name, function in _TYPE_QUESTIONS:
+                # other threads have no stand-ins to ask about
+                patches.enter_context(replaced(module, name, _refuses(function)))
             patches.enter_context(
                 watch_attributes(self.guards, lambda tensor: self.proxy(self.create_arg(tensor)))
             )

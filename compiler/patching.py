@@ -1,0 +1,46 @@
+"""Replaces attributes of torch, of Python and of nn.Module while a program is traced, for the thread that
+traces it: others go on as if nothing had happened."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+TRACING = threading.RLock()
+"""Held by the thread that traces; another one that wants to waits."""
+
+_ABSENT = object()
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Meanwhile `owner.name` is `value`, for all threads; `here` makes one of it for this thread."""
+    before = vars(owner).get(name, _ABSENT)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if before is _ABSENT:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
+
+
+def here(owner: Any, name: str, value: Any) -> Any:
+    """A function that does in this thread what `value` does, and in others what `owner.name` does now; both
+    are functions, or both class methods."""
+    before = vars(owner).get(name, getattr(owner, name))
+    if isinstance(value, classmethod):
+        return classmethod(_by_thread(value.__func__, before.__func__))
+    return _by_thread(value, before)
+
+
+def _by_thread(mine: Callable[..., Any], others: Callable[..., Any]) -> Callable[..., Any]:
+    thread = threading.get_ident()
+
+    def choose(*args: Any, **kwargs: Any) -> Any:
+        return (mine if threading.get_ident() == thread else others)(*args, **kwargs)
+
+    return choose
