@@ -34,10 +34,12 @@ class Copies:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Look:
-    """How tensors look; fits: whether the executor takes all of them as they are."""
+    """How tensors look; fits: whether the executor takes all of them as they are; distinct: whether none
+    comes twice."""
 
     facts: Facts
     fits: bool
+    distinct: bool
 
 
 class DenseTensors:
@@ -62,7 +64,8 @@ class DenseTensors:
         last = self._last
         if last is None or not last.facts.hold(values):
             fits = list(map(TYPE_OF, values)) == self._types and all(map(Tensor.is_contiguous, values))
-            last = self._last = Look(Facts(values), fits and list(map(Tensor.size, values)) == self._shapes)
+            fits = fits and list(map(Tensor.size, values)) == self._shapes
+            last = self._last = Look(Facts(values), fits, len(set(map(id, values))) == len(values))
         return last
 
     def misshapen(self, values: Sequence[Tensor]) -> str | None:

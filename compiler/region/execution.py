@@ -178,7 +178,11 @@ class Execution:
         running = [(dense, dense.values()) for dense in (self._dense_buffers, self.fixed)]
         is_plain = parameters.fits
         for dense, values in running:
-            if not dense.look(values).fits:
+            look = dense.look(values)
+            if dense is self._dense_buffers and not look.distinct:
+                # written by all of them, in the order of the program
+                return "several BatchNorms share their running statistics"
+            if not look.fits:
                 is_plain = False
                 reason = dense.misshapen(values)
                 if reason is not None:
