@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from nascompile.compiler.errors import TraceError
+from nascompile.compiler.islands import Island, where_defined
 from nascompile.compiler.lower import gives_nothing, lowered
 from nascompile.compiler.mutables import InputChoice, LayerChoice, Mutable
 from nascompile.compiler.passes.fuse_weighted_sums import first_pattern
 from nascompile.compiler.region.show import describe
 from nascompile.compiler.space import read_space, unwrap
-from nascompile.compiler.trace import Island, where_defined
 from nascompile.compiler.unit import Entry, Unit, listens_to_scopes, scope_mutator
 from nascompile.compiler.verify import difference
 

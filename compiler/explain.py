@@ -21,6 +21,7 @@ from nascompile.compiler.errors import SpaceError
 from nascompile.compiler.gain_table import MOST, gain_table
 from nascompile.compiler.gains import Gains, find_gains
 from nascompile.compiler.graph import GraphWatcher
+from nascompile.compiler.islands import Island
 from nascompile.compiler.lower import LoweredChoice
 from nascompile.compiler.measure import Count, batch_size, check_weighted, count_parameters
 from nascompile.compiler.patterns import PATTERNS
@@ -28,7 +29,6 @@ from nascompile.compiler.profiler import ChoiceProfile, Shape
 from nascompile.compiler.region.members import MERGED
 from nascompile.compiler.sizes import count_architectures, extreme_size
 from nascompile.compiler.space import Choice, candidate_names, unwrap
-from nascompile.compiler.trace import Island
 from nascompile.compiler.unit import Entry
 
 LONG = 60

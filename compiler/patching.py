@@ -8,10 +8,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-TRACING = threading.RLock()
-"""Held by the thread that traces; another one that wants to waits."""
+PATIENCE = 600.0
+"""Seconds that a thread which wants to trace waits for another one: that one may be waiting for it."""
 
+_TRACING = threading.RLock()
 _ABSENT = object()
+
+
+@contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """What one thread does at a time, and may do inside of itself. Raises TimeoutError after `PATIENCE`."""
+    if not _TRACING.acquire(timeout=PATIENCE):
+        raise TimeoutError(f"another thread has been tracing a model for {PATIENCE:g} s")
+    try:
+        yield
+    finally:
+        _TRACING.release()
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from nascompile.compiler.architecture import Mask, resolve, single_choice
 from nascompile.compiler.codegen import graph_module
 from nascompile.compiler.decision import read_mask
 from nascompile.compiler.errors import NascompileError
+from nascompile.compiler.islands import Island, where_defined
 from nascompile.compiler.lean import fix_choices, fixed_weights, reduce_fixed, weighed
 from nascompile.compiler.lean_module import LeanModule, same_graph
 from nascompile.compiler.mutables import InputChoice, LayerChoice, Mutable, forced_mutator
@@ -31,7 +32,7 @@ from nascompile.compiler.passes.drop_zero_terms import LayoutRecorder, drop_zero
 from nascompile.compiler.passes.functionalize_in_place import functionalize_in_place
 from nascompile.compiler.signature import inputs_like, required_parameters
 from nascompile.compiler.space import choices, unwrap
-from nascompile.compiler.trace import Island, ModelTracer, own_forward, where_defined
+from nascompile.compiler.trace import ModelTracer, own_forward
 from nascompile.compiler.verify import difference_under, state_kept
 
 WHOLE = "model"  # the name of the one node when the model's own forward cannot be traced

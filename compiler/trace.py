@@ -9,32 +9,28 @@ happens in into an island.
 from __future__ import annotations
 
 import builtins
-import inspect
 import operator
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.fx.proxy import TraceError as FxTraceError
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from nascompile.compiler.ambient import ambient_modes, random_states, same_random_states, set_random_states
 from nascompile.compiler.checks import has_hooks
-from nascompile.compiler.constructors import Constructor, recorded_constructors, why_constructor
+from nascompile.compiler.constructors import Constructor, recorded_constructors
 from nascompile.compiler.guards import Guards, NotTraceable, watch_attributes
+from nascompile.compiler.islands import FOREIGN, Island, describe, where_defined
 from nascompile.compiler.mutables import InputChoice, LayerChoice, Mutable, MutableScope
 from nascompile.compiler.names import assigned_globals
-from nascompile.compiler.patching import TRACING, here, replaced
+from nascompile.compiler.patching import here, one_at_a_time, replaced
 from nascompile.compiler.signature import guessed_inputs
 from nascompile.compiler.space import unwrap
 
@@ -47,20 +43,6 @@ _QUESTIONS = frozenset(
     {"__get__", "dim", "size", "numel", "stride", "is_floating_point", "__len__", "__repr__"}
 )
 _IN_PLACE_OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
-
-
-@dataclass(frozen=True, slots=True)
-class Island:
-    """A module whose own forward runs eagerly, as written; the choices inside it are compiled all the
-    same."""
-
-    path: str
-    file: str
-    line: int
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.path or '(the whole model)'}: {self.reason} ({self.file}:{self.line})"
 
 
 class TensorProxy(fx.Proxy):
@@ -114,7 +96,7 @@ def _computes_now(func: Any, args: Any, kwargs: Any) -> bool:
 
 def _calls_from_here() -> bool:
     # the frames of this function and of the mode lie above the caller's
-    return sys._getframe(2).f_code.co_filename.startswith(_FOREIGN[1])
+    return sys._getframe(2).f_code.co_filename.startswith(FOREIGN[1])
 
 
 class ModelTracer(fx.Tracer):
@@ -159,15 +141,29 @@ class ModelTracer(fx.Tracer):
         if reason is not None:
             self.islands[path] = Island(path, *where_defined(module), reason)
             return False
-        with TRACING, self._tracing():
-            try:
-                args, kwargs = make_inputs(self)
-                output = self._run(module, own_forward(module), args, kwargs)
-                self.create_node("output", "output", (self.create_arg(output),), {})
-            except Exception as error:
-                self.islands[path] = describe(error, path, module)
-                return False
-        return True
+        try:
+            with one_at_a_time(), self._tracing():
+                island = self._record(path, module, make_inputs)
+        except TimeoutError as error:
+            island = Island(path, *where_defined(module), str(error))
+        if island is not None:
+            self.islands[path] = island
+        return island is None
+
+    def _record(
+        self,
+        path: str,
+        module: nn.Module,
+        make_inputs: Callable[[ModelTracer], tuple[tuple[Any, ...], dict[str, Any]]],
+    ) -> Island | None:
+        """Fill the graph; an island says what stood in the way."""
+        try:
+            args, kwargs = make_inputs(self)
+            output = self._run(module, own_forward(module), args, kwargs)
+            self.create_node("output", "output", (self.create_arg(output),), {})
+        except Exception as error:
+            return describe(error, path, module)
+        return None
 
     def trace_guessed(self, path: str) -> bool:
         """As `trace_module`, when no example is known: every argument without a default is one tensor."""
@@ -361,34 +357,6 @@ def why_whole(module: nn.Module) -> str | None:
     return None
 
 
-def describe(error: Exception, path: str, module: nn.Module) -> Island:
-    """The island for a module whose trace failed, with the user's own line."""
-    file, line = where_defined(module)
-    for frame in traceback.extract_tb(error.__traceback__):
-        if not frame.filename.startswith(_FOREIGN):
-            file, line = frame.filename, frame.lineno or line
-    reason = str(error).strip().split("\n")[0] or type(error).__name__
-    constructor = why_constructor(error)
-    if constructor is not None:
-        reason = constructor
-    elif isinstance(error, FxTraceError) or "'len' is not supported" in reason:
-        reason = "needs a value that is known only when it runs: " + _short(reason)
-    elif not isinstance(error, NotTraceable):
-        reason = f"{type(error).__name__} while tracing: {reason}"
-    return Island(path, file, line, reason)
-
-
-def _short(reason: str) -> str:
-    for known, words in (
-        ("iterated", "a loop over a tensor"),
-        ("'len'", "the length of a tensor"),
-        ("control flow", "a branch on a tensor"),
-    ):
-        if known in reason:
-            return words
-    return reason
-
-
 _TYPE_QUESTIONS = (
     (builtins, "isinstance", isinstance),
     (builtins, "hasattr", hasattr),
@@ -400,7 +368,7 @@ def _refuses(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function(value, ...)` for the user's code, which must not take a stand-in for a value of its own."""
 
     def ask(value: Any, *rest: Any) -> Any:
-        if type(value) is not TensorProxy or sys._getframe(1).f_code.co_filename.startswith(_FOREIGN):
+        if type(value) is not TensorProxy or sys._getframe(1).f_code.co_filename.startswith(FOREIGN):
             return function(value, *rest)
         if not value.node.meta.get("is_tensor", False):
             raise NotTraceable(f"asks for the type of a value ({function.__name__})")
@@ -410,17 +378,6 @@ def _refuses(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _SOME_TENSOR = torch.empty(0)
-_FOREIGN = (
-    str(Path(torch.__file__).parent),
-    str(Path(__file__).parent),
-    "<frozen",
-)
-
-
-def where_defined(module: nn.Module) -> tuple[str, int]:
-    """File and line of the forward of the module's class."""
-    code = type(module).forward.__code__ if inspect.isfunction(type(module).forward) else None
-    return (code.co_filename, code.co_firstlineno) if code is not None else ("?", 0)
 
 
 def _tensor_paths(model: nn.Module) -> dict[int, str]:

@@ -13,13 +13,14 @@ from nascompile.compiler import pipeline
 from nascompile.compiler.ambient import ambient_modes
 from nascompile.compiler.codegen import as_function, graph_module
 from nascompile.compiler.guards import Guards
+from nascompile.compiler.islands import Island, where_defined
 from nascompile.compiler.lower import LoweredChoice
 from nascompile.compiler.mutables import InputChoice, LayerChoice, MutableScope
 from nascompile.compiler.mutator import BaseMutator
 from nascompile.compiler.region.region import Region
 from nascompile.compiler.signature import call_shape, guessed_shape, inputs_like
 from nascompile.compiler.space import Choice, unwrap
-from nascompile.compiler.trace import Island, ModelTracer, own_forward, where_defined
+from nascompile.compiler.trace import ModelTracer, own_forward
 
 USES_PER_TRACE = 8  # below it, tracing again and again is not worth it
 ENTRY_LIMIT = 16  # traces kept for one module; past it the module runs as written

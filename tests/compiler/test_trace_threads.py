@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import nascompile
+from nascompile.compiler import patching
 from nascompile.mutables import LayerChoice
 from nascompile.random import RandomMutator
 
@@ -101,6 +102,20 @@ def test_several_threads_may_make_the_first_call() -> None:
     with ThreadPoolExecutor(4) as pool:
         for found in pool.map(call, range(4)):
             torch.testing.assert_close(found, model(x))
+
+
+def test_a_thread_that_is_waited_for_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The traced forward waits for a thread that wants to trace a model of its own."""
+    monkeypatch.setattr(patching, "PATIENCE", 0.2)
+    inner = nascompile.compile(nn.Sequential(nn.Conv2d(2, 2, 1)))
+    x = torch.randn(1, 2, 4, 4)
+    model = Net(lambda: inner(x))
+    RandomMutator(model).reset()
+    compiled = nascompile.compile(model)
+    torch.testing.assert_close(compiled(x), model(x))
+    assert compiled.islands == []
+    (island,) = inner.islands
+    assert "another thread has been tracing a model for 0.2 s" in island.reason
 
 
 class Parallel(nn.Module):
