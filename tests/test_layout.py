@@ -34,7 +34,6 @@ LONG_FILES: dict[str, str] = {
     "csrc/cpu/plan_maps.cpp": "the small steps on maps, all of one kind",
     "csrc/cpu/plan_pool.cpp": "two directions of two poolings, each plain and separable",
     "kernels/plan/steps.py": "one table: every step and barrier operation, as in csrc/plan.h",
-    "compiler/trace.py": "one tracer: what it refuses belongs beside what it records",
     "tests/compiler/programs.py": "a collection of programs, each a few lines",
     "tests/compiler/test_passes.py": "the same five tests for every pass",
     "tests/runtime/test_trainers.py": "the same tests for every trainer",
