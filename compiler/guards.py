@@ -13,7 +13,7 @@ from nascompile.compiler.checks import ModelState
 from nascompile.compiler.code import code_of
 from nascompile.compiler.fingerprint import SCALARS, attribute, fingerprint
 from nascompile.compiler.names import is_own_method
-from nascompile.compiler.patching import here, replaced
+from nascompile.compiler.patching import replaced_here
 from nascompile.compiler.snapshot import is_changeable, is_unchanged, put_back, snapshot
 from nascompile.compiler.watch import Condition, Glance
 
@@ -149,5 +149,5 @@ def watch_attributes(guards: Guards, tensor: Callable[[Tensor], Any]) -> Iterato
     with ExitStack() as patches:
         watches = (("__getattribute__", read), ("__setattr__", refuse), ("__delattr__", refuse))
         for name, value in watches:
-            patches.enter_context(replaced(nn.Module, name, here(nn.Module, name, value)))
+            patches.enter_context(replaced_here(nn.Module, name, value))
         yield

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 PATIENCE = 600.0
@@ -28,7 +28,7 @@ def one_at_a_time() -> Iterator[None]:
 
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Meanwhile `owner.name` is `value`, for all threads; `here` makes one of it for this thread."""
+    """Meanwhile `owner.name` is `value`, for all threads."""
     before = vars(owner).get(name, _ABSENT)
     setattr(owner, name, value)
     try:
@@ -40,13 +40,13 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
             setattr(owner, name, before)
 
 
-def here(owner: Any, name: str, value: Any) -> Any:
-    """A function that does in this thread what `value` does, and in others what `owner.name` does now; both
-    are functions, or both class methods."""
+def replaced_here(owner: Any, name: str, value: Any) -> AbstractContextManager[None]:
+    """The same for this thread; others find what `owner.name` is now. Both are functions, or both class
+    methods."""
     before = vars(owner).get(name, getattr(owner, name))
     if isinstance(value, classmethod):
-        return classmethod(_by_thread(value.__func__, before.__func__))
-    return _by_thread(value, before)
+        return replaced(owner, name, classmethod(_by_thread(value.__func__, before.__func__)))
+    return replaced(owner, name, _by_thread(value, before))
 
 
 def _by_thread(mine: Callable[..., Any], others: Callable[..., Any]) -> Callable[..., Any]:

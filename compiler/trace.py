@@ -30,7 +30,7 @@ from nascompile.compiler.guards import Guards, NotTraceable, watch_attributes
 from nascompile.compiler.islands import FOREIGN, Island, describe, where_defined
 from nascompile.compiler.mutables import InputChoice, LayerChoice, Mutable, MutableScope
 from nascompile.compiler.names import assigned_globals
-from nascompile.compiler.patching import here, one_at_a_time, replaced
+from nascompile.compiler.patching import one_at_a_time, replaced, replaced_here
 from nascompile.compiler.signature import guessed_inputs
 from nascompile.compiler.space import unwrap
 
@@ -143,14 +143,14 @@ class ModelTracer(fx.Tracer):
             return False
         try:
             with one_at_a_time(), self._tracing():
-                island = self._record(path, module, make_inputs)
+                island = self._fill(path, module, make_inputs)
         except TimeoutError as error:
             island = Island(path, *where_defined(module), str(error))
         if island is not None:
             self.islands[path] = island
         return island is None
 
-    def _record(
+    def _fill(
         self,
         path: str,
         module: nn.Module,
@@ -269,7 +269,7 @@ class ModelTracer(fx.Tracer):
 
     @contextmanager
     def _tracing(self) -> Iterator[None]:
-        if nn.Module.__call__.__module__ == here.__module__:
+        if nn.Module.__call__.__module__ == replaced_here.__module__:
             # torch and nn.Module have been changed already, and the inner trace would record into the outer
             raise NotTraceable("runs a compiled model otherwise than as a module of this one")
         original_getattr = nn.Module.__getattr__
@@ -297,7 +297,7 @@ class ModelTracer(fx.Tracer):
                 (torch.autograd.graph.saved_tensors_hooks, "__enter__", enter),
                 *((torch, factory.__name__, self._recorded(factory)) for factory in _FACTORIES),
             ):
-                patches.enter_context(replaced(owner, name, here(owner, name, value)))
+                patches.enter_context(replaced_here(owner, name, value))
             for module, name, function in _TYPE_QUESTIONS:
                 # other threads have no stand-ins to ask about
                 patches.enter_context(replaced(module, name, _refuses(function)))

@@ -18,26 +18,33 @@ class Facts:
     """How some tensors look at present. Any others may be held against it; none are kept."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        firsts: dict[int, int] = {}
-        places = [firsts.setdefault(id(tensor), k) for k, tensor in enumerate(tensors)]
+        self._firsts = _firsts(tensors)
         # torch's guards take a tensor that comes twice for another call
-        self._again = [(k, first) for k, first in enumerate(places) if k != first]
-        self._distinct = list(firsts.values())
-        self._guards = _guards([tensors[k] for k in self._distinct])
+        self._again = [(k, first) for k, first in enumerate(self._firsts) if k != first]
+        self._places = [k for k, first in enumerate(self._firsts) if k == first]
+        self.distinct = not self._again
+        """Whether none of the tensors came twice."""
+        self._guards = _guards([tensors[k] for k in self._places])
         self._looks = _looks(tensors) if self._guards is None else []
 
     def hold(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether as many tensors look the same one by one; may be False in another state of autocast, or
-        where two of them have become one."""
+        """Whether as many tensors look the same one by one, and the same ones come twice; may be False in
+        another state of autocast."""
         if self._guards is None:
-            return _looks(tensors) == self._looks
-        if not self._again:
+            return _looks(tensors) == self._looks and _firsts(tensors) == self._firsts
+        if self.distinct:
             return self._guards.check(*tensors)
         return (
-            len(tensors) == len(self._distinct) + len(self._again)
+            len(tensors) == len(self._firsts)
             and all(tensors[k] is tensors[first] for k, first in self._again)
-            and self._guards.check(*[tensors[k] for k in self._distinct])
+            and self._guards.check(*[tensors[k] for k in self._places])
         )
+
+
+def _firsts(tensors: Sequence[Tensor]) -> list[int]:
+    """Where each tensor comes for the first time."""
+    found: dict[int, int] = {}
+    return [found.setdefault(id(tensor), k) for k, tensor in enumerate(tensors)]
 
 
 def _guards(tensors: Sequence[Tensor]) -> Any:

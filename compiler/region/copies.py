@@ -34,12 +34,10 @@ class Copies:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Look:
-    """How tensors look; fits: whether the executor takes all of them as they are; distinct: whether none
-    comes twice."""
+    """How tensors look; fits: whether the executor takes all of them as they are."""
 
     facts: Facts
     fits: bool
-    distinct: bool
 
 
 class DenseTensors:
@@ -64,8 +62,7 @@ class DenseTensors:
         last = self._last
         if last is None or not last.facts.hold(values):
             fits = list(map(TYPE_OF, values)) == self._types and all(map(Tensor.is_contiguous, values))
-            fits = fits and list(map(Tensor.size, values)) == self._shapes
-            last = self._last = Look(Facts(values), fits, len(set(map(id, values))) == len(values))
+            last = self._last = Look(Facts(values), fits and list(map(Tensor.size, values)) == self._shapes)
         return last
 
     def misshapen(self, values: Sequence[Tensor]) -> str | None:

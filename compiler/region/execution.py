@@ -179,7 +179,7 @@ class Execution:
         is_plain = parameters.fits
         for dense, values in running:
             look = dense.look(values)
-            if dense is self._dense_buffers and not look.distinct:
+            if dense is self._dense_buffers and not look.facts.distinct:
                 # written by all of them, in the order of the program
                 return "several BatchNorms share their running statistics"
             if not look.fits:

@@ -14,17 +14,7 @@ import nascompile
 from nascompile.compiler import patching
 from nascompile.mutables import LayerChoice
 from nascompile.random import RandomMutator
-
-
-class Doubled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: object, x: Tensor) -> Tensor:
-        return 2 * x
-
-    @staticmethod
-    def backward(ctx: object, *grads: Tensor) -> Tensor:
-        return 2 * grads[0]
-
+from tests.space_models import Double
 
 # made here: a trace during which random numbers are drawn is given up
 LAYERS = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
@@ -43,7 +33,7 @@ def set_an_attribute() -> Tensor:
 
 
 def run_a_function() -> Tensor:
-    return Doubled.apply(torch.ones(2, requires_grad=True)) * torch.zeros(2)
+    return Double.apply(torch.ones(2, requires_grad=True)) * torch.zeros(2)
 
 
 def make_tensors() -> Tensor:

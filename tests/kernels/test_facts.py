@@ -79,3 +79,10 @@ def test_a_tensor_may_come_twice() -> None:
     assert not looks.hold([shared, other, torch.zeros(3)])
     assert not looks.hold([shared, other])
     assert not looks.hold([shared, other, shared, other])
+
+
+def test_a_tensor_that_comes_twice_from_now_on_is_seen() -> None:
+    looks = Facts([torch.zeros(2), torch.zeros(2)])
+    assert looks.distinct
+    assert not looks.hold([torch.zeros(2)] * 2)
+    assert not Facts([torch.zeros(2)] * 2).distinct
