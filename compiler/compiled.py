@@ -128,6 +128,14 @@ class CompiledModel(nn.Module):
         with self._overridden() if self._calls_back(entry) else nullcontext():
             return entry.function(self._eager, *args, **kwargs)
 
+    def trace_of(self, *args: Any, **kwargs: Any) -> Entry | str:
+        """The trace that a call like this follows: as long as it is the same, so is what is done. A string
+        says why code of the model runs as written, which may do anything."""
+        entry = self._entry(args, kwargs)
+        if entry.islands:
+            return f"{next(iter(entry.islands.values()))}"
+        return entry if self._can_follow(entry) else "the program depends on what the decision leaves out"
+
     def trace(self, *args: Any, **kwargs: Any) -> None:
         """Trace for a call like this, check the result against the eager model, and look into islands."""
         entry = self._entry(args, kwargs)

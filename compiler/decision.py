@@ -34,12 +34,25 @@ def read_mask(mask: Any, length: int, key: str) -> Selection:
     Booleans and integers select; floating point numbers weigh, and an exact zero leaves the candidate out.
     Raises SpaceError when the length differs from `length`.
     """
-    tensor = mask if isinstance(mask, Tensor) else _as_tensor(mask, key)
-    if tensor.dim() != 1 or tensor.numel() != length:
-        raise SpaceError(f"choice {key!r}: mask has shape {tuple(tensor.shape)}, expected ({length},)")
+    tensor = _of_length(mask, length, key)
     values = tensor.detach().tolist()
     indices = tuple(index for index, value in enumerate(values) if value != 0)
     return Selection(indices, tensor if tensor.is_floating_point() else None)
+
+
+def read_weights(mask: Any, length: int, key: str) -> Selection:
+    """As `read_mask`, but floating point numbers are not looked at: all candidates take part."""
+    tensor = _of_length(mask, length, key)
+    if not tensor.is_floating_point():
+        return read_mask(tensor, length, key)
+    return Selection(tuple(range(length)), tensor)
+
+
+def _of_length(mask: Any, length: int, key: str) -> Tensor:
+    tensor = mask if isinstance(mask, Tensor) else _as_tensor(mask, key)
+    if tensor.dim() != 1 or tensor.numel() != length:
+        raise SpaceError(f"choice {key!r}: mask has shape {tuple(tensor.shape)}, expected ({length},)")
+    return tensor
 
 
 def _as_tensor(mask: Any, key: str) -> Tensor:

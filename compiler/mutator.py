@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nascompile.compiler.decision import Selection, read_mask, reduce_outputs, weigh
+from nascompile.compiler.decision import Selection, read_mask, read_weights, reduce_outputs, weigh
 from nascompile.compiler.errors import ArchitectureError, SpaceError
 from nascompile.compiler.mutables import InputChoice, LayerChoice, Mutable, MutableScope
 from nascompile.compiler.space import Choice, StructuredMutableTreeNode, candidate_names, read_space, unwrap
@@ -92,6 +92,11 @@ class BaseMutator(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define export")
 
 
+class SoftDecision(dict[str, Any]):
+    """A decision in which every candidate that has a weight takes part, whatever the weight: nobody has to
+    read the weights, for which a GPU would have to be waited for, to know who does."""
+
+
 class Mutator(BaseMutator):
     """A mutator that decides by masks: a dict from key to a boolean or weight for every candidate.
 
@@ -138,7 +143,8 @@ class Mutator(BaseMutator):
         known = self._selections.get(key)
         # a tensor may have been changed in place since it was read
         if known is None or known[0] is not mask or known[1] != mask._version:
-            known = (mask, mask._version, read_mask(mask, length, key))
+            reads = read_weights if isinstance(self._cache, SoftDecision) else read_mask
+            known = (mask, mask._version, reads(mask, length, key))
             self._selections[key] = known
         return known[2], mask
 

@@ -17,6 +17,7 @@ from nascompile.runtime.darts_mutator import DartsMutator
 from nascompile.runtime.loading import EpochLoader, split_indices
 from nascompile.runtime.meters import AverageMeterGroup
 from nascompile.runtime.randomness import new_generator
+from nascompile.runtime.replaying import replayed
 from nascompile.runtime.trainer import Loss, Metrics, RunOptions, Trainer
 
 
@@ -77,6 +78,8 @@ class DartsTrainer(Trainer):
         for_weights, for_alphas = split_indices(dataset_train, 0.5, new_generator())
         self.train_loader = self.make_loader(dataset_train, indices=for_weights)
         self.valid_loader = self.make_loader(dataset_train, indices=for_alphas)
+        reason = "the second order reads a norm, and sets random states, on the host" if unrolled else None
+        self._search_step = replayed(self, self.search_step, reason)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -98,10 +101,18 @@ class DartsTrainer(Trainer):
         meters = AverageMeterGroup()
         for raw_train, raw_valid in zip(self.train_loader, self.valid_loader, strict=False):
             train, valid = self.split(raw_train), self.split(raw_valid)
-            self.architecture_step(train, valid)
-            self.decide()
-            self.weight_step(train, meters, epoch)
+            for callback in self.callbacks:
+                callback.on_batch_begin(epoch)
+            logits, loss = self._search_step(train, valid)
+            self.count_decision()
+            self.after_step(train, logits, loss, meters, epoch)
         return meters.averages()
+
+    def search_step(self, train: Batch, valid: Batch) -> tuple[Any, Tensor]:
+        """One step of the architecture and one of the weights; the logits and loss of the latter."""
+        self.architecture_step(train, valid)
+        self.mutator.reset()
+        return self.update_weights(train)
 
     def architecture_step(self, train: Batch, valid: Batch) -> None:
         """One step of the architecture parameters."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nascompile.compiler.mutables import InputChoice, LayerChoice
-from nascompile.compiler.mutator import Mutator
+from nascompile.compiler.mutator import Mutator, SoftDecision
 
 logger = logging.getLogger(__name__)
 
@@ -96,12 +96,15 @@ class DartsMutator(Mutator):
 
     def sample_search(self) -> dict[str, Any]:
         """Differentiable weights for each LayerChoice, all inputs of each InputChoice."""
-        return {
-            key: self.probabilities(key)
-            if isinstance(choice, LayerChoice)
-            else torch.ones(len(choice), dtype=torch.bool)
+        return SoftDecision(
+            (
+                key,
+                self.probabilities(key)
+                if isinstance(choice, LayerChoice)
+                else torch.ones(len(choice), dtype=torch.bool),
+            )
             for key, choice in self.choices_by_key.items()
-        }
+        )
 
     @torch.no_grad()
     def sample_final(self) -> dict[str, Any]:

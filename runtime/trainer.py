@@ -21,6 +21,7 @@ from nascompile.runtime.base_trainer import BaseTrainer
 from nascompile.runtime.batches import Batch, split_batch, to_device
 from nascompile.runtime.callbacks import Callback
 from nascompile.runtime.checkpoint import write_text
+from nascompile.runtime.decision_mean import DecisionMean
 from nascompile.runtime.loading import EpochLoader, size_of
 from nascompile.runtime.meters import AverageMeterGroup
 from nascompile.runtime.randomness import new_generator, seed_everything, untouched_randomness
@@ -36,6 +37,7 @@ class RunOptions(TypedDict, total=False):
     """The keyword arguments of `Trainer` that every search passes on."""
 
     compile: bool
+    cuda_graph: bool
     precision: str
     seed: int | None
     folder: str | Path | None
@@ -51,10 +53,11 @@ class Trainer(BaseTrainer):
     lines of the log (None: no lines).
 
     `compile=True` runs the model through `nascompile.compile`; parameters, optimizers and state dicts are
-    those of `model` either way. `precision` is "no", "bf16" or "fp16". `seed` seeds Python's, NumPy's and
-    torch's global generators before anything is drawn. With `folder`, the state is saved there before the
-    first and after every epoch, so that a run that is interrupted can be resumed; nothing is written without
-    it.
+    those of `model` either way. With `cuda_graph` a search whose steps do the same each time (first-order
+    DARTS) replays them on a GPU, see `nascompile.runtime.captured_step`. `precision` is "no", "bf16" or
+    "fp16". `seed` seeds Python's, NumPy's and torch's global generators before anything is drawn. With
+    `folder`, the state is saved there before the first and after every epoch, so that a run that is
+    interrupted can be resumed; nothing is written without it.
 
     `history` has a dict for every epoch (epoch, train_loss, train_<metric>, valid_loss, valid_<metric>),
     `decisions` the mean decision of every epoch: a list of floats for every key.
@@ -80,6 +83,7 @@ class Trainer(BaseTrainer):
         callbacks: Sequence[Callback] | None,
         *,
         compile: bool = True,
+        cuda_graph: bool = True,
         precision: str = "no",
         seed: int | None = None,
         folder: str | Path | None = None,
@@ -106,6 +110,9 @@ class Trainer(BaseTrainer):
         self.log_frequency = log_frequency
         self.callbacks = list(callbacks or [])
         self.aux_weight = aux_weight
+        self.cuda_graph = cuda_graph
+        #: whether steps are replayed as CUDA graphs, as long as nothing speaks against it
+        self.replays = False
         self.folder = None if folder is None else Path(folder)
 
         self.epoch = 0
@@ -113,8 +120,7 @@ class Trainer(BaseTrainer):
         self.history: list[dict[str, Any]] = []
         self.decisions: list[dict[str, list[float]]] = []
         self.epoch_metrics: dict[str, float] = {}
-        self._decided: dict[str, Tensor] = {}
-        self._decided_count = 0
+        self._decided = DecisionMean()
         self._prepared = self.acceleration.prepare(optimizer)
         if seed is not None:
             seed_everything(seed)
@@ -194,7 +200,7 @@ class Trainer(BaseTrainer):
 
     def _one_epoch(self, epoch: int, validate: bool) -> None:
         self.step = 0
-        self._decided, self._decided_count = {}, 0
+        self._decided = DecisionMean()
         for callback in self.callbacks:
             callback.on_epoch_begin(epoch)
         measured = _prefixed("train_", self.train_one_epoch(epoch))
@@ -202,9 +208,7 @@ class Trainer(BaseTrainer):
             measured |= _prefixed("valid_", self.validate_one_epoch(epoch))
         self.epoch_metrics = measured
         self.history.append({"epoch": epoch, **measured})
-        self.decisions.append(
-            {key: (total / self._decided_count).tolist() for key, total in self._decided.items()}
-        )
+        self.decisions.append(self._decided.by_key())
         logger.info("epoch %d/%d  %s", epoch + 1, self.num_epochs, _line(measured))
         for callback in self.callbacks:
             callback.on_epoch_end(epoch)
@@ -268,10 +272,11 @@ class Trainer(BaseTrainer):
     def decide(self) -> None:
         """Draw a decision and count it in the epoch's mean."""
         self.mutator.reset()
-        for key, mask in self.mutator.decision.items():
-            values = torch.as_tensor(mask).detach().to("cpu", torch.float64)
-            self._decided[key] = self._decided[key] + values if key in self._decided else values
-        self._decided_count += 1
+        self.count_decision()
+
+    def count_decision(self) -> None:
+        """Count the present decision in the epoch's mean."""
+        self._decided.add(self.mutator.decision)
 
     def forward(self, batch: Batch) -> tuple[Any, Tensor]:
         """The logits, and the loss with the share of auxiliary logits, under the current decision."""
@@ -300,12 +305,16 @@ class Trainer(BaseTrainer):
         return list(known.values())
 
     def weight_step(self, batch: Batch, meters: AverageMeterGroup, epoch: int) -> None:
-        """One step of the weights under the current decision, gradients clipped to norm 5 as in NNI.
+        """One step of the weights under the current decision, with callbacks, measurements and log."""
+        for callback in self.callbacks:
+            callback.on_batch_begin(epoch)
+        self.after_step(batch, *self.update_weights(batch), meters, epoch)
+
+    def update_weights(self, batch: Batch) -> tuple[Any, Tensor]:
+        """Move the weights down the loss, gradients clipped to norm 5 as in NNI; the logits and the loss.
 
         Parameters that take no part keep `grad is None`, so neither momentum nor weight decay moves them.
         """
-        for callback in self.callbacks:
-            callback.on_batch_begin(epoch)
         parameters = self.trained_parameters()
         for parameter in parameters:
             parameter.grad = None
@@ -315,6 +324,12 @@ class Trainer(BaseTrainer):
             self.acceleration.backward(loss, parameters)
             self.acceleration.clip(self._prepared, parameters, 5.0)
             self._prepared.step()
+        return logits, loss
+
+    def after_step(
+        self, batch: Batch, logits: Any, loss: Tensor, meters: AverageMeterGroup, epoch: int
+    ) -> None:
+        """Measure a step of the weights, count it, and tell callbacks and log."""
         meters.update({"loss": loss, **self.measure(logits, batch)}, batch.size)
         self.step += 1
         for callback in self.callbacks:

@@ -10,6 +10,7 @@ from torch import nn
 from nascompile.compiler.errors import NascompileError
 from nascompile.runtime.checkpoint import read_checkpoint, why_not_tensors, write_checkpoint
 from nascompile.runtime.randomness import random_state, restore_random_state
+from nascompile.runtime.replaying import settle_optimizers
 
 if TYPE_CHECKING:
     from nascompile.runtime.callbacks import Callback
@@ -72,6 +73,7 @@ def load_state(trainer: Trainer, folder: str | Path) -> None:
         trainer.loss.load_state_dict(state["loss"])
     for name, optimizer in trainer.optimizers().items():
         optimizer.load_state_dict(state["optimizers"][name])
+    settle_optimizers(trainer)
     trainer.acceleration.load_state_dict(state["scaler"])
     for callback, saved in zip(_with_state(trainer), state["callbacks"], strict=True):
         callback.load_state_dict(saved["state"])

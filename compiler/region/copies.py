@@ -27,7 +27,8 @@ class Copies:
     def get(self, ref: TensorRef, value: Tensor, dtype: torch.dtype) -> Tensor:
         """The copy for a tensor, whatever it holds."""
         copy = self._copies.get(ref)
-        if copy is None or copy.shape != value.shape or copy.dtype != dtype:
+        like = (value.shape, dtype, value.device)
+        if copy is None or (copy.shape, copy.dtype, copy.device) != like:
             copy = self._copies[ref] = torch.empty(value.shape, dtype=dtype, device=value.device)
         return copy
 
@@ -43,8 +44,8 @@ class Look:
 class DenseTensors:
     """The tensors that `refs` refer to, as the executor of a plan wants them. Call without gradients."""
 
-    def __init__(self, graph: Graph, refs: Sequence[TensorRef], copies: Copies) -> None:
-        self._graph, self.refs, self._copies = graph, refs, copies
+    def __init__(self, graph: Graph, refs: Sequence[TensorRef], copies: Copies, device: torch.device) -> None:
+        self._graph, self.refs, self._copies, self._device = graph, refs, copies, device
         self._shapes = [ref.value.shape for ref in refs]
         self._sizes = [shape.numel() for shape in self._shapes]
         self._dicts, self._names = [ref.dictionary for ref in refs], [ref.name for ref in refs]
@@ -62,6 +63,7 @@ class DenseTensors:
         last = self._last
         if last is None or not last.facts.hold(values):
             fits = list(map(TYPE_OF, values)) == self._types and all(map(Tensor.is_contiguous, values))
+            fits = fits and all(value.device == self._device for value in values)
             last = self._last = Look(Facts(values), fits and list(map(Tensor.size, values)) == self._shapes)
         return last
 
@@ -70,6 +72,8 @@ class DenseTensors:
         for ref, value, shape in zip(self.refs, values, self._shapes, strict=True):
             if value.shape != shape:
                 return f"{ref.name} has the shape {tuple(value.shape)}, {tuple(shape)} before"
+            if value.device != self._device:
+                return f"{ref.name} is on {value.device}, the images on {self._device}"
             if ref.is_counter and value.dtype != torch.int64:
                 return f"{ref.name} counts in {value.dtype}"
         return None

@@ -13,7 +13,6 @@ from nascompile.compiler.decision import Selection
 from nascompile.compiler.lower import LoweredChoice, decides_by_masks
 from nascompile.compiler.mutables import LayerChoice
 from nascompile.compiler.mutator import Mutator
-from nascompile.compiler.region.executors import Executor
 from nascompile.compiler.region.ir import Weight
 
 
@@ -45,8 +44,11 @@ class Decided(Mutator):
         return selection, mask if selection.weights is None else selection.weights
 
 
-def read_decisions(choices: Sequence[LoweredChoice], executor: Executor) -> Decisions | str:
-    """The current decisions; a string says why choices cannot be carried out from masks alone."""
+def read_decisions(
+    choices: Sequence[LoweredChoice], dtype: torch.dtype, device: torch.device
+) -> Decisions | str:
+    """The current decisions, their weights in this type and on this device; a string says why choices cannot
+    be carried out from masks alone."""
     selections: dict[str, Selection] = {}
     lengths: dict[str, int] = {}
     for target in choices:
@@ -68,7 +70,7 @@ def read_decisions(choices: Sequence[LoweredChoice], executor: Executor) -> Deci
             return f"a candidate of {key!r} that is None is chosen"
     weighted = tuple(selections[t.choice.key].weights is not None for t in choices)
     chosen = frozenset(Weight(key, index) for key, s in selections.items() for index in s.indices)
-    return Decisions(selections, weighted, chosen, _vectors(choices, selections, executor))
+    return Decisions(selections, weighted, chosen, _vectors(choices, selections, dtype, device))
 
 
 def choice_length(choices: Sequence[LoweredChoice], key: str) -> int:
@@ -77,7 +79,10 @@ def choice_length(choices: Sequence[LoweredChoice], key: str) -> int:
 
 
 def _vectors(
-    choices: Sequence[LoweredChoice], selections: Mapping[str, Selection], executor: Executor
+    choices: Sequence[LoweredChoice],
+    selections: Mapping[str, Selection],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> dict[tuple[str, bool], Tensor]:
     vectors: dict[tuple[str, bool], Tensor] = {}
     for target in choices:
@@ -87,8 +92,8 @@ def _vectors(
             continue
         weights = selection.weights
         if weights is None and is_mean:
-            weights = torch.ones(len(target.choice))
+            weights = torch.ones(len(target.choice), dtype=dtype, device=device)
         if weights is not None:
-            weights = weights.to(device=executor.device, dtype=executor.dtype)
+            weights = weights.to(device=device, dtype=dtype)
             vectors[key, is_mean] = weights / len(selection.indices) if is_mean else weights
     return vectors

@@ -23,7 +23,7 @@ from nascompile.compiler.region.copies import (
     parameters_of,
     running_of,
 )
-from nascompile.compiler.region.executors import NATIVE, Executor
+from nascompile.compiler.region.executors import NATIVE
 from nascompile.compiler.region.flags import NEVER, WITH_PARAMETERS, as_tensor, gradient_of_output
 from nascompile.compiler.region.gradients import Wanted
 from nascompile.compiler.region.ir import Weight
@@ -33,6 +33,7 @@ from nascompile.compiler.region.profiling import active
 from nascompile.compiler.region.reached import GradientMemory, Reached, reached
 from nascompile.compiler.region.remembered import remembered
 from nascompile.compiler.region.types import Boundaries, Boundary
+from nascompile.kernels import capturing
 from nascompile.kernels.plan.program import ALIGNMENT
 from nascompile.kernels.plan.run import run_timed
 
@@ -54,17 +55,24 @@ class Memory:
         self._lock = threading.RLock()
         self.copies = Copies()
 
-    def lease(self, floats: int, executor: Executor) -> Lease:
+    def lease(self, floats: int, dtype: torch.dtype, device: torch.device) -> Lease:
         """Memory of at least so many elements, until the lease is given back or forgotten."""
+        if capturing.is_capturing(device):
+            # memory of the graph's own: what is kept here may go, and would be somebody else's by a replay
+            return Lease(None, new_memory(floats, dtype, device))
         with self._lock:
-            fitting = [slab for slab in self._free if slab.dtype == executor.dtype and slab.numel() >= floats]
+            fitting = [
+                slab
+                for slab in self._free
+                if (slab.dtype, slab.device) == (dtype, device) and slab.numel() >= floats
+            ]
             if fitting:
                 slab = min(fitting, key=Tensor.numel)
                 self._free = [other for other in self._free if other is not slab]
                 return Lease(self, slab)
             # what is too small will be so again
             self._free = []
-        return Lease(self, new_memory(floats, executor))
+        return Lease(self, new_memory(floats, dtype, device))
 
     def take_back(self, slab: Tensor) -> None:
         """Keep a slab for the next lease, and no more than a step in the usual order needs."""
@@ -73,16 +81,16 @@ class Memory:
 
 
 class Lease:
-    """Memory in use."""
+    """Memory in use; without `memory`, nobody else's afterwards."""
 
-    def __init__(self, memory: Memory, slab: Tensor) -> None:
+    def __init__(self, memory: Memory | None, slab: Tensor) -> None:
         self._memory = memory
         self.slab: Tensor | None = slab
 
     def give_back(self) -> None:
         """Let others use the memory; its content is lost."""
         slab, self.slab = self.slab, None
-        if slab is not None:
+        if slab is not None and self._memory is not None:
             self._memory.take_back(slab)
 
     def __del__(self) -> None:
@@ -95,22 +103,22 @@ def slab_of(lease: Lease) -> Tensor:
     return lease.slab
 
 
-def _allocate(floats: int, executor: Executor) -> Tensor:
+def _allocate(floats: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Fresh memory: of a CPU in large pages where Linux grants them, for a plan goes over more memory than
     small ones can be remembered."""
-    size = floats * executor.dtype.itemsize
-    if executor.device != "cpu" or sys.platform != "linux" or size < LARGE:
-        return torch.empty(floats, dtype=executor.dtype, device=executor.device)
+    size = floats * dtype.itemsize
+    if device.type != "cpu" or sys.platform != "linux" or size < LARGE:
+        return torch.empty(floats, dtype=dtype, device=device)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     # a kernel without large pages refuses
     with contextlib.suppress(OSError):
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=executor.dtype)
+    return torch.frombuffer(memory, dtype=dtype)
 
 
-def new_memory(floats: int, executor: Executor) -> Tensor:
-    """Memory of the executor's type, aligned as programs need it."""
-    memory = _allocate(floats + ALIGNMENT, executor)
+def new_memory(floats: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory aligned as programs need it."""
+    memory = _allocate(floats + ALIGNMENT, dtype, device)
     skip = -memory.data_ptr() // memory.element_size() % ALIGNMENT
     return memory[skip : skip + floats]
 
@@ -132,14 +140,15 @@ class Execution:
         self._memory = memory
         directions = [d for d in (plan.forward, plan.backward) if d is not None]
         self._work = max(self.executor.work(direction.program) for direction in directions)
-        self.options: dict[str, Any] = {"dtype": self.executor.dtype, "device": self.executor.device}
+        self.options: dict[str, Any] = {"dtype": self.executor.dtype, "device": plan.settings.device}
         self._flags: dict[frozenset[Weight], tuple[Tensor, list[bool]]] = {}
         self._boundaries = Boundaries(plan.graph, [*self.parameters, *running_of(plan.graph)])
         self._suiting: Look | None = None
         sources = [("input", index) for index in range(len(plan.graph.sources))]
         fixed = fixed_of(plan.graph)
         self.dense_parameters, self._dense_buffers, self.fixed = (
-            DenseTensors(plan.graph, refs, memory.copies) for refs in (self.parameters, self.buffers, fixed)
+            DenseTensors(plan.graph, refs, memory.copies, plan.settings.device)
+            for refs in (self.parameters, self.buffers, fixed)
         )
         self._counters = [k for k, ref in enumerate(self.buffers) if ref.is_counter]
         common = [*sources, *self.parameters, *self.buffers, *fixed, "decision"]
@@ -158,7 +167,7 @@ class Execution:
 
     def lease(self) -> Lease:
         """A slab for one run forward and backward."""
-        return self._memory.lease(self.plan.slab, self.executor)
+        return self._memory.lease(self.plan.slab, **self.options)
 
     def suiting(self, parameters: Sequence[Tensor], grad: bool) -> Look | None:
         """How the parameters look, if they are still what the plan was made for."""
@@ -172,11 +181,15 @@ class Execution:
         return look
 
     def boundary(
-        self, tensors: Sequence[Tensor], parameters: Look, chosen: frozenset[Weight]
+        self, tensors: Sequence[Tensor], parameters: Sequence[Tensor], look: Look, chosen: frozenset[Weight]
     ) -> Boundary | str:
-        """The boundary of a call; a string says why the program as written has to run, or fail."""
+        """The boundary of a call, given how its parameters look; a string says why the program as written has
+        to run, or fail."""
+        is_plain = look.fits
+        reason = None if is_plain else self.dense_parameters.misshapen(parameters)
+        if reason is not None:
+            return reason
         running = [(dense, dense.values()) for dense in (self._dense_buffers, self.fixed)]
-        is_plain = parameters.fits
         for dense, values in running:
             look = dense.look(values)
             if dense is self._dense_buffers and not look.facts.distinct:
@@ -194,7 +207,7 @@ class Execution:
 
         def find() -> tuple[Tensor, list[bool]]:
             values = self.plan.flags.evaluate(chosen)
-            return as_tensor(values), values
+            return as_tensor(values).to(self.options["device"], non_blocking=True), values
 
         return remembered(self._flags, chosen, find)
 
@@ -311,7 +324,7 @@ class Execution:
     ) -> None:
         taken = [tensors[place] for place in places]
         flags = self.flags(chosen)[0]
-        work = self._memory.lease(self._work, self.executor)
+        work = self._memory.lease(self._work, **self.options)
         arguments = (direction.program, direction.encoded, slab, slab_of(work), flags, taken)
         profile = active()
         if profile is not None and self.executor is NATIVE:

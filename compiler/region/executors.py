@@ -8,29 +8,32 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nascompile.kernels.plan import reference
+from nascompile.kernels.plan import cuda, reference
 from nascompile.kernels.plan.program import Program
 from nascompile.kernels.plan.run import lane, run, why_not_native
 
 
 @dataclass(frozen=True, slots=True)
 class Executor:
-    """device: "cpu" or "cuda". dtype: of everything but the sums. lane: channels are padded to a multiple of
-    it.
+    """device: a kind, "cpu" or "cuda". dtype: of everything but the sums. lane: channels are padded to a
+    multiple of it.
 
-    chunks: how many parts a batch of so many images is shared out among. work: elements of work memory. run:
-    carries out a program, given how it is written down, the slab, the work memory, the flags and the tensors.
-    why_not: why it cannot be used on this machine, or None.
+    in_turn: whether the steps of a phase are carried out for one image after the other, not for all images
+    step by step. chunks: how many parts a batch of so many images is shared out among. work: elements of work
+    memory. run: carries out a program, given how it is written down, the slab, the work memory, the flags and
+    the tensors.
+    why_not: why it cannot be used on a device of that kind, or None.
     """
 
     name: str
     device: str
     dtype: torch.dtype
+    in_turn: bool
     lane: Callable[[], int]
     chunks: Callable[[int], int]
     work: Callable[[Program], int]
     run: Callable[[Program, Tensor, Tensor, Tensor, Tensor, Sequence[Tensor]], None]
-    why_not: Callable[[], str | None]
+    why_not: Callable[[torch.device], str | None]
 
 
 def _chunks(images: int) -> int:
@@ -51,22 +54,36 @@ NATIVE = Executor(
     name="native",
     device="cpu",
     dtype=torch.float32,
+    in_turn=True,
     lane=lane,
     chunks=_chunks,
     work=_work,
     run=run,
-    why_not=lambda: why_not_native(torch.device("cpu")),
+    why_not=why_not_native,
 )
 REFERENCE = Executor(
     name="reference",
     device="cpu",
     dtype=torch.float64,
+    in_turn=True,
     lane=lambda: 8,
     chunks=lambda images: 1,
     work=lambda program: 1,
     run=_run_reference,
-    why_not=lambda: None,
+    why_not=lambda device: None,
 )
 """The definition of every step, in fp64: for tests, not for speed."""
-EXECUTORS: tuple[Executor, ...] = (NATIVE,)
+TRITON = Executor(
+    name="triton",
+    device="cuda",
+    dtype=torch.float32,
+    in_turn=False,
+    lane=lambda: cuda.LANE,
+    # images are independent programs of one launch
+    chunks=lambda images: 1,
+    work=cuda.work_size,
+    run=run,
+    why_not=why_not_native,
+)
+EXECUTORS: tuple[Executor, ...] = (NATIVE, TRITON)
 """Those that models run on; the first that suits the tensors is taken."""

@@ -96,7 +96,7 @@ def _build(graph: Graph, settings: Settings, wanted: Wanted | None) -> Plan:
     forward = Forward(graph, settings, flags)
     phases = set_phases(forward.tasks, late=False)
     # a GPU packs all at once, and keeps the gradients of all weights: a launch costs more than memory
-    in_turn = settings.executor.device == "cpu" and "reuse_memory" not in settings.without
+    in_turn = settings.executor.in_turn and "reuse_memory" not in settings.without
     if in_turn:
         pack_when_used(forward.tasks.tasks)
     backward = None if wanted is None else Backward(forward, wanted)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nascompile.kernels import capturing
 from nascompile.kernels.plan.program import aligned
 
 
@@ -60,16 +61,23 @@ class GradientMemory:
     def take(self, wanted: Reached, count: int, absent: Tensor) -> list[Tensor]:
         """Memory for those of `count` parameters that are reached, zeros unless it is written as a whole;
         `absent` for the others."""
+        if capturing.is_capturing(absent.device):
+            # the graph's own, as in Memory.lease
+            return self._spread(torch.empty(wanted.floats, **self._options), wanted, count, absent)
         with self._lock:
             # taken out: two threads must not find the same piece free
             flat, self._flat = self._flat, None
         if flat is None or flat.numel() != wanted.floats or _is_held(flat):
             flat = torch.empty(wanted.floats, **self._options)
+        found = self._spread(flat, wanted, count, absent)
+        self._flat = flat
+        return found
+
+    def _spread(self, flat: Tensor, wanted: Reached, count: int, absent: Tensor) -> list[Tensor]:
         flat[wanted.written :].zero_()
         found = [absent] * count
         for number, piece in zip(wanted.parameters, _pieces(flat, wanted.groups), strict=True):
             found[number] = piece
-        self._flat = flat
         return found
 
 

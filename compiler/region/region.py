@@ -23,6 +23,7 @@ from nascompile.compiler.region.ir import Unsupported, Weight
 from nascompile.compiler.region.operations import settings_of
 from nascompile.compiler.region.plan import Plan, build
 from nascompile.compiler.region.read import read
+from nascompile.compiler.region.selftest import why_not_trusted
 from nascompile.compiler.region.settings import Settings, read_borders
 from nascompile.compiler.region.shapes import check_shapes
 from nascompile.compiler.region.types import working_type
@@ -100,14 +101,14 @@ class Region:
             names = ", ".join(self.inputs[index].name for index in strange)
             return self._do(self._in_parts(readers, f"{names} is not an image of the batch"), tensors)
         executor = executor_for(tensors)
-        decisions = executor if isinstance(executor, str) else read_decisions(self.choices, executor)
+        decisions = executor if isinstance(executor, str) else self._decisions(executor, tensors)
         if isinstance(executor, str) or isinstance(decisions, str):
             return self._do(self._op_by_op(str(decisions)), tensors)
         found = self._execution(tensors, decisions, executor)
         if isinstance(found, Instead):
             return self._do(found, tensors)
         execution, parameters, look = found
-        boundary = execution.boundary(tensors, look, decisions.chosen)
+        boundary = execution.boundary(tensors, parameters, look, decisions.chosen)
         if isinstance(boundary, str):
             return self._do(self._op_by_op(boundary), tensors)
         if self._said is not None:
@@ -117,6 +118,9 @@ class Region:
             lambda wide: call(execution, decisions, wide, parameters, as_written, boundary.is_plain), tensors
         )
         return outputs[0] if len(outputs) == 1 else outputs
+
+    def _decisions(self, executor: Executor, tensors: Sequence[Tensor]) -> Decisions | str:
+        return read_decisions(self.choices, executor.dtype, tensors[0].device)
 
     def _do(self, instead: Instead, tensors: Sequence[Tensor]) -> Any:
         if self._said != instead.reason:
@@ -160,7 +164,7 @@ class Region:
     def memory(self, *tensors: Tensor) -> int | None:
         """Bytes that the plan for such tensors takes for maps and packed weights; None without a plan."""
         executor = executor_for(tensors)
-        decisions = executor if isinstance(executor, str) else read_decisions(self.choices, executor)
+        decisions = executor if isinstance(executor, str) else self._decisions(executor, tensors)
         if isinstance(executor, str) or isinstance(decisions, str):
             return None
         found = self._execution(tensors, decisions, executor)
@@ -189,6 +193,7 @@ class Region:
             grad,
             grad and any(vector.requires_grad for vector in decisions.vectors.values()),
             *(executor.name, executor.chunks(tensors[0].shape[0]), executor.lane()),
+            tensors[0].device,
         )
         # other threads do the same meanwhile
         known = self._executions.pop(key, None)
@@ -238,6 +243,7 @@ class Region:
             wanted = None
         settings = Settings(
             executor=executor,
+            device=tensors[0].device,
             images=images,
             chunks=executor.chunks(images),
             lane=executor.lane(),
@@ -284,7 +290,7 @@ def executor_for(tensors: Sequence[Any]) -> Executor | str:
     if len({(tensor.shape[0], tensor.device) for tensor in tensors}) != 1:
         return "takes batches of different sizes or on different devices"
     device = tensors[0].device.type
-    reason = _why_not_now(device)
+    reason = _why_not_now()
     if reason is not None:
         return reason
     types = list(dict.fromkeys(tensor.dtype for tensor in tensors))
@@ -293,14 +299,13 @@ def executor_for(tensors: Sequence[Any]) -> Executor | str:
     if not suitable:
         found = " and ".join(map(str, types))
         return f"there is no plan for images in {found} on {device}: plans are for fp32, bf16 and fp16"
-    reasons = [executor.why_not() for executor in suitable]
+    where = tensors[0].device
+    reasons = [executor.why_not(where) or why_not_trusted(where) for executor in suitable]
     return next((e for e, why in zip(suitable, reasons, strict=True) if why is None), reasons[0] or "")
 
 
-def _why_not_now(device: str) -> str | None:
+def _why_not_now() -> str | None:
     """Why no plan can run in the present state of torch, or None."""
-    if device == "cuda" and torch.is_autocast_enabled(device):
-        return "autocast is on"
     if is_transformed() or torch._C._len_torch_dispatch_stack() > 0:
         return "a transformation of functions or a dispatch mode is active"
     if is_forward_differentiated():

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from nascompile.compiler.region.executors import Executor
 from nascompile.compiler.region.ir import Conv, Graph, Shape, Weight
 
 
 @dataclass(slots=True)
 class Settings:
-    """executor: who runs it. images: samples; chunks: threads; lane: channels are padded to a multiple of it.
+    """executor, device: who runs it, and where. images: samples; chunks: threads; lane: channels are padded
+    to a multiple of it.
 
     channels_last: the memory format of inputs and outputs. borders: by (padded channels, height, width), the
     zeros that convolutions read around such an image; one border for all, so that they can share scratch
@@ -19,6 +22,7 @@ class Settings:
     """
 
     executor: Executor
+    device: torch.device
     images: int
     chunks: int
     lane: int

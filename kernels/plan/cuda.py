@@ -8,14 +8,15 @@ tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nascompile.kernels import capturing
 from nascompile.kernels.plan.program import Program
 from nascompile.kernels.plan.triton_blocks import SMALLEST
 from nascompile.kernels.plan.triton_launches import Launch
@@ -41,7 +42,21 @@ def work_size(program: Program) -> int:
 def default_precision() -> str:
     """How matrix products read fp32: "tf32" where torch is allowed to, as for its own convolutions."""
     cudnn: Any = torch.backends.cudnn
-    return "tf32" if cudnn.conv.fp32_precision == "tf32" else "ieee"
+    return "tf32" if cudnn.conv.fp32_precision == "tf32" and not _EXACT else "ieee"
+
+
+_EXACT: list[None] = []
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Matrix products read all of fp32 meanwhile, in all threads: backward passes have threads of their
+    own."""
+    _EXACT.append(None)
+    try:
+        yield
+    finally:
+        _EXACT.pop()
 
 
 class Prepared:
@@ -66,7 +81,11 @@ class Prepared:
         `slab` and `work` (of at least `self.work` floats) begin at multiples of 64 bytes.
         """
         self._check(slab, work, flags)
-        addresses = self._addresses(tensors)
+        captures = capturing.is_capturing(self.device)
+        addresses = self._addresses(tensors, captures)
+        if captures:
+            # a graph reads their memory whenever it is replayed
+            capturing.hold(self, flags, addresses)
         work[: self._zeroed].zero_()
         arguments = (slab, work, self._table, flags, addresses)
         with torch.cuda.device(self.device) if slab.is_cuda else nullcontext():
@@ -85,10 +104,9 @@ class Prepared:
         if flags.dtype != torch.uint8:
             raise RuntimeError(f"flags are {flags.dtype}, not uint8")
 
-    def _addresses(self, tensors: Sequence[Tensor]) -> Tensor:
+    def _addresses(self, tensors: Sequence[Tensor], captures: bool) -> Tensor:
         """The tensors' addresses on the device."""
         key = tuple(tensor.data_ptr() for tensor in tensors)
-        captures = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         found = self._tables.get(key)
         if found is not None:
             if captures:

@@ -197,8 +197,9 @@ def normalise_kernel(
             update(pointers_ptr, tl.load(step + 7), logical, momentum, mean)
             unbiased = variance * elements / tl.maximum(elements - 1, 1.0)
             update(pointers_ptr, tl.load(step + 8), logical, momentum, unbiased)
-        inverse = 1.0 / tl.sqrt(variance + as_double(tl.load(step + 3)))
-        inverse = tl.where(logical >= 0, inverse, 0.0)
+        # what is padded may have a variance of zero and an epsilon of zero
+        wide = tl.where(logical >= 0, variance + as_double(tl.load(step + 3)), 1.0)
+        inverse = tl.where(logical >= 0, 1.0 / tl.sqrt(wide), 0.0)
         scale = statistic(pointers_ptr, tl.load(step + 5), logical, 1.0) * inverse
         shift = statistic(pointers_ptr, tl.load(step + 6), logical, 0.0) - mean * scale
         tl.store(out + channel, mean.to(tl.float32), mask=inside)

@@ -15,19 +15,19 @@ import nascompile
 from nascompile.compiler.explain import explain
 from nascompile.compiler.gain_table import gain_table
 from nascompile.compiler.gains import EdgeGain, Gains, Pair, Profiled
-from nascompile.compiler.region.executors import NATIVE
 from nascompile.compiler.region.ir import Weight
 from nascompile.compiler.region.owners import Part, parts_of
 from nascompile.compiler.region.plan import Plan
 from nascompile.compiler.region.profiling import active, profiling
 from nascompile.compiler.roofline import Counter, Machine
+from nascompile.kernels import native
 from nascompile.kernels.plan.steps import Combine, Convolve, Pool, Stage, Unstage
 from nascompile.kernels.plan.traffic import cost, memory
 from nascompile.mutables import InputChoice, LayerChoice
 from tests.comparing import Decided
 from tests.compiler.region_models import SepConv
 
-pytestmark = pytest.mark.skipif(NATIVE.why_not() is not None, reason="needs the C++ extension")
+pytestmark = pytest.mark.skipif(native.load()[1] is not None, reason="needs the C++ extension")
 
 X = torch.randn(4, 8, 6, 6, generator=torch.Generator().manual_seed(0))
 

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 
 import nascompile
-from nascompile.compiler.region.executors import NATIVE
 from nascompile.compiler.region.profiling import profiling
 from nascompile.darts import DartsMutator
+from nascompile.kernels import native
 from nascompile.kernels.plan.steps import ConvolveBackward
 from nascompile.mutables import LayerChoice
 from tests.comparing import assert_close
 
-pytestmark = pytest.mark.skipif(NATIVE.why_not() is not None, reason="needs the C++ extension")
+pytestmark = pytest.mark.skipif(native.load()[1] is not None, reason="needs the C++ extension")
 X = torch.randn(4, 3, 9, 9, generator=torch.Generator().manual_seed(0))
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from nascompile.compiler.region.execution import KEPT, Memory
-from nascompile.compiler.region.executors import REFERENCE
 
+DTYPE, CPU = torch.float64, torch.device("cpu")
 FLOATS = 64
 LONG = 20.0
 """Seconds in which anything but a deadlock has happened."""
@@ -28,7 +28,7 @@ class Watched(Tensor):
 
 
 def watched(meanwhile: Callable[[], object]) -> Tensor:
-    slab = torch.empty(FLOATS, dtype=REFERENCE.dtype).as_subclass(Watched)
+    slab = torch.empty(FLOATS, dtype=DTYPE).as_subclass(Watched)
     slab.meanwhile = meanwhile
     return slab
 
@@ -46,18 +46,18 @@ def test_two_threads_never_get_one_slab() -> None:
 
     memory.take_back(watched(wait_for_the_other))
     with ThreadPoolExecutor(2) as pool:
-        leases = list(pool.map(lambda _: memory.lease(FLOATS, REFERENCE), range(2)))
+        leases = list(pool.map(lambda _: memory.lease(FLOATS, DTYPE, CPU), range(2)))
     places = {lease.slab.data_ptr() for lease in leases if lease.slab is not None}
     assert len(places) == 2
 
 
 def test_the_garbage_collector_may_give_back_in_the_middle_of_a_lease() -> None:
     memory = Memory()
-    forgotten = [memory.lease(FLOATS, REFERENCE)]
+    forgotten = [memory.lease(FLOATS, DTYPE, CPU)]
     memory.take_back(watched(forgotten.clear))
     found = []
     # a daemon: where the lock is not reentrant the thread never ends
-    thread = threading.Thread(target=lambda: found.append(memory.lease(FLOATS, REFERENCE)), daemon=True)
+    thread = threading.Thread(target=lambda: found.append(memory.lease(FLOATS, DTYPE, CPU)), daemon=True)
     thread.start()
     thread.join(LONG)
     assert len(found) == 1
@@ -68,7 +68,7 @@ def test_the_garbage_collector_may_give_back_in_the_middle_of_a_lease() -> None:
 
 def test_no_more_is_kept_than_a_step_needs() -> None:
     memory = Memory()
-    leases = [memory.lease(FLOATS, REFERENCE) for _ in range(KEPT + 2)]
+    leases = [memory.lease(FLOATS, DTYPE, CPU) for _ in range(KEPT + 2)]
     for lease in leases:
         lease.give_back()
         lease.give_back()

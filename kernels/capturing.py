@@ -1,0 +1,37 @@
+"""What holds while a CUDA graph is captured: memory that its kernels use is its own, and what they read has
+to be kept as long as the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+# not by thread: autograd runs backward passes for GPUs in threads of its own
+_HOLDERS: list[list[Any]] = []
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether what this thread asks of the device goes into a CUDA graph, and is not carried out now."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+@contextmanager
+def holding() -> Iterator[list[Any]]:
+    """Collects what graphs captured inside read and nobody else need keep: keep the list as long as they
+    live."""
+    things: list[Any] = []
+    _HOLDERS.append(things)
+    try:
+        yield things
+    finally:
+        # by identity: lists that are equal are not the same
+        _HOLDERS[:] = [one for one in _HOLDERS if one is not things]
+
+
+def hold(*things: Any) -> None:
+    """Keep things as long as the graph that is being captured."""
+    for holder in _HOLDERS:
+        holder.extend(things)
