@@ -129,12 +129,12 @@ class CompiledModel(nn.Module):
             return entry.function(self._eager, *args, **kwargs)
 
     def trace_of(self, *args: Any, **kwargs: Any) -> Entry | str:
-        """The trace that a call like this follows: as long as it is the same, so is what is done. A string
-        says why code of the model runs as written, which may do anything."""
+        """The trace that a call like this follows under any decision that leaves no choice empty: as long as
+        it is the same, so is what is done. A string says which code runs as written, and may do anything."""
         entry = self._entry(args, kwargs)
         if entry.islands:
-            return f"{next(iter(entry.islands.values()))}"
-        return entry if self._can_follow(entry) else "the program depends on what the decision leaves out"
+            return f"runs as written: {next(iter(entry.islands.values()))}"
+        return "a mutator listens to scopes" if self._is_listened_to(entry) else entry
 
     def trace(self, *args: Any, **kwargs: Any) -> None:
         """Trace for a call like this, check the result against the eager model, and look into islands."""
@@ -212,9 +212,12 @@ class CompiledModel(nn.Module):
         It was traced with choices that have an output: where the decision chooses nothing, the program may
         take another way (`if x is not None`), so that it has to run as written.
         """
-        if entry.function is None or (entry.has_scopes and listens_to_scopes(scope_mutator(self._eager))):
+        if entry.function is None or self._is_listened_to(entry):
             return False
         return not any(gives_nothing(choice) for choice in entry.choices)
+
+    def _is_listened_to(self, entry: Entry) -> bool:
+        return entry.has_scopes and listens_to_scopes(scope_mutator(self._eager))
 
     def _calls_back(self, entry: Entry) -> bool:
         """Whether code outside the graph calls choices: islands, and candidates with choices of their own."""

@@ -103,16 +103,19 @@ class DartsTrainer(Trainer):
             train, valid = self.split(raw_train), self.split(raw_valid)
             for callback in self.callbacks:
                 callback.on_batch_begin(epoch)
-            logits, loss = self._search_step(train, valid)
+            logits, loss, masks = self._search_step(train, valid)
+            # a replay decides without Python
+            self.mutator.decide(type(self.mutator.decision)(masks))
             self.count_decision()
             self.after_step(train, logits, loss, meters, epoch)
         return meters.averages()
 
-    def search_step(self, train: Batch, valid: Batch) -> tuple[Any, Tensor]:
-        """One step of the architecture and one of the weights; the logits and loss of the latter."""
+    def search_step(self, train: Batch, valid: Batch) -> tuple[Any, Tensor, dict[str, Any]]:
+        """One step of the architecture and one of the weights; the logits, loss and decision of the latter."""
         self.architecture_step(train, valid)
         self.mutator.reset()
-        return self.update_weights(train)
+        logits, loss = self.update_weights(train)
+        return logits, loss, dict(self.mutator.decision)
 
     def architecture_step(self, train: Batch, valid: Batch) -> None:
         """One step of the architecture parameters."""
