@@ -1,12 +1,13 @@
 """Plans on a GPU: are they right, how fast are whole networks, and how near is every kernel to the ceiling.
 
-    python3 benchmarks/gpu_plans.py [--out folder] [--batch 64] [--seconds 420]
+    python3 benchmarks/gpu_plans.py [--out folder] [--seconds 420] [--cases darts:64:fp32,...]
 
-1. the tests of the kernels and of a whole region, on the GPU, where pytest and hypothesis are installed; in
-   any case every gradient of a small network against the network in fp64;
-2. forward and backward of DARTS and NAS-Bench-201 in fp32 (matrix products in fp32 too): ours, eager, eager
-   in channels_last, each as a CUDA graph too, and torch.compile in max-autotune. Every peer runs in a process
-   of its own with a time limit, so that none of them takes the others along;
+1. the self-test that decides whether models run on plans here at all; the tests of the kernels and of a whole
+   region, where pytest and hypothesis are installed; every gradient of small networks against fp64;
+2. per case (network, batch, type), forward and backward: ours, eager, eager in channels_last, each as a CUDA
+   graph too, and torch.compile in max-autotune; and a whole step of a first-order DARTS search with both
+   optimizers: ours with and without replays, and eager. Every peer runs in a process of its own with a time
+   limit, so that none of them takes the others along. fp32 is fp32 in matrix products too;
 3. every kernel's bytes, FLOPs and time, next to the bandwidth of a copy and the speed of a matrix product.
 
 Results: gpu_plans.csv and gpu_plans.txt. The exit status is 1 where a comparison fails; then no ratio is
@@ -23,7 +24,8 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,52 +38,33 @@ from benchmarks.gpu import Log
 
 ROOT = Path(__file__).resolve().parent.parent
 NETWORKS = ("nasbench201", "darts")
-PEERS = ("ours", "ours graph", "eager", "eager graph", "channels_last", "channels_last graph", "compile")
+CASES = ("darts:64:fp32", "nasbench201:64:fp32", "darts:256:fp32", "darts:64:bf16", "darts:256:bf16")
+"""In the order of their importance: time may run out."""
+STEPS = ("ours", "ours graph", "eager", "eager graph", "channels_last", "channels_last graph")
+SEARCHES = ("ours search", "ours search without graph", "eager search")
+PEERS = (*STEPS, *SEARCHES, "compile")
 TESTS = (
     "tests/kernels/test_plan_triton.py",
     "tests/kernels/test_plan_triton_barriers.py",
     "tests/kernels/test_plan_triton_sums.py",
     "tests/compiler/test_plan_triton.py",
 )
-COLUMNS = ["network", "batch", "peer", "median_ms", "p20_ms", "p80_ms", "peak_mib", "ratio", "note"]
+COLUMNS = ["network", "batch", "type", "peer", "median_ms", "p20_ms", "p80_ms", "peak_mib", "ratio", "note"]
 DEVICE = torch.device("cuda")
-PROGRAMS: list[Any] = []
-"""What the executor ran, each program once."""
 
 
-def use_triton() -> None:
-    """Let regions run on the GPU whatever executors there are, and keep the programs."""
-    from nascompile.compiler.region import region
-    from nascompile.compiler.region.executors import Executor
-    from nascompile.kernels.plan import cuda
-    from nascompile.kernels.plan.run import run as run_plan
-
-    on_device: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def run(
-        program: Any, encoded: Tensor, slab: Tensor, work: Tensor, flags: Tensor, tensors: Sequence[Tensor]
-    ) -> None:
-        if not any(program is known for known in PROGRAMS):
-            PROGRAMS.append(program)
-        if id(flags) not in on_device:
-            # kept: a captured graph reads them
-            on_device[id(flags)] = flags, flags.to(slab.device)
-        run_plan(program, encoded, slab, work, on_device[id(flags)][1], tensors)
-
-    triton = Executor(
-        name="triton",
-        device="cuda",
-        dtype=torch.float32,
-        lane=lambda: cuda.LANE,
-        chunks=lambda images: 1,
-        work=cuda.work_size,
-        run=run,
-        why_not=lambda: cuda.why_not(DEVICE),
-    )
-    region.EXECUTORS = (*(e for e in region.EXECUTORS if e.device != "cuda"), triton)
+def programs(model: Any) -> list[Any]:
+    """The programs of a compiled model's plans."""
+    plans = [plan for entry in model.entries for region in entry.regions for plan in region.plans]
+    return [way.program for plan in plans for way in (plan.forward, plan.backward) if way is not None]
 
 
-def network(name: str, *, small: bool = False) -> tuple[nn.Module, nn.Module]:
+def no_plan(model: Any) -> str:
+    """What to say where no plan ran."""
+    return f"no plan ran: {model.notes or [str(island) for island in model.islands]}"
+
+
+def network(name: str, *, small: bool = False) -> tuple[nn.Module, Any]:
     """A network and its mutator, on the GPU."""
     from nascompile.darts import DartsMutator
     from nascompile.spaces import DartsNetwork, NASBench201Network
@@ -100,15 +83,20 @@ def images(batch: int) -> tuple[Tensor, Tensor]:
     return torch.randn(batch, 3, 32, 32, device=DEVICE), torch.randint(0, 10, (batch,), device=DEVICE)
 
 
-def step_of(model: nn.Module, mutator: Any, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
-    """Forward and backward with gradients of weights and of the architecture."""
+def step_of(
+    model: nn.Module, mutator: Any, x: Tensor, y: Tensor, dtype: torch.dtype = torch.float32
+) -> Callable[[], Tensor]:
+    """Forward and backward with gradients of weights and of the architecture; under autocast for other types
+    than fp32."""
     parameters = [*model.parameters(), *mutator.parameters()]
+    casts = torch.autocast("cuda", dtype) if dtype != torch.float32 else nullcontext()
 
     def step() -> Tensor:
         for parameter in parameters:
             parameter.grad = None
         mutator.reset()
-        loss = nn.functional.cross_entropy(model(x), y)
+        with casts:
+            loss = nn.functional.cross_entropy(model(x), y)
         loss.backward()
         return loss
 
@@ -148,37 +136,82 @@ def timed(call: Callable[[], object], seconds: float = 5.0) -> dict[str, float]:
     return {"median_ms": timing.median, "p20_ms": timing.p20, "p80_ms": timing.p80}
 
 
-def measure_peer(name: str, peer: str, batch: int) -> dict[str, Any]:
+def measure_peer(name: str, batch: int, kind: str, peer: str) -> dict[str, Any]:
     """What a process of its own does: time one peer."""
+    dtype = torch.bfloat16 if kind == "bf16" else torch.float32
+    begin = time.perf_counter()
+    if peer in SEARCHES:
+        step, model = search_step(name, batch, kind, peer)
+    else:
+        step, model = training_step(name, batch, dtype, peer)
+    torch.cuda.synchronize()
+    note = f"first step {time.perf_counter() - begin:.1f} s"
+    row: dict[str, Any] = timed(step)
+    if peer.startswith("ours"):
+        made = programs(model)
+        note += f"; {len(made)} programs" if made else f"; {no_plan(model)}"
+    return {**row, "peak_mib": torch.cuda.max_memory_allocated() / 2**20, "note": note}
+
+
+def training_step(
+    name: str, batch: int, dtype: torch.dtype, peer: str
+) -> tuple[Callable[[], object], nn.Module]:
+    """Forward and backward by a peer, run once or captured, and the model that it calls."""
     import nascompile
 
-    model: Any
     model, mutator = network(name)
     x, y = images(batch)
     kind = peer.removesuffix(" graph")
     run: Any = model
     if kind == "ours":
-        use_triton()
         run = nascompile.compile(model)
     elif kind == "channels_last":
-        model.to(memory_format=torch.channels_last)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         x = x.contiguous(memory_format=torch.channels_last)
     elif kind == "compile":
         run = torch.compile(model, mode="max-autotune", dynamic=False)
-    begin = time.perf_counter()
-    step = step_of(run, mutator, x, y)
+    step = step_of(run, mutator, x, y, dtype)
     step()
-    torch.cuda.synchronize()
-    note = f"first step {time.perf_counter() - begin:.1f} s"
-    call = graphed(step) if peer.endswith("graph") else step
-    row: dict[str, Any] = timed(call)
-    if kind == "ours":
-        note += f"; {len(PROGRAMS)} programs" if PROGRAMS else f"; no plan ran: {run.notes}"
-    return {**row, "peak_mib": torch.cuda.max_memory_allocated() / 2**20, "note": note}
+    return graphed(step) if peer.endswith("graph") else step, run
 
 
-def in_process(name: str, peer: str, batch: int, seconds: float) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--network", name, "--peer", peer, "--batch", str(batch)]
+def search_step(name: str, batch: int, kind: str, peer: str) -> tuple[Callable[[], object], Any]:
+    """A whole step of a DARTS search with fixed batches, and the compiled model."""
+    from torch.utils.data import TensorDataset
+
+    from nascompile.darts import DartsTrainer
+
+    model, mutator = network(name)
+    x, y = images(batch)
+    data = TensorDataset(x.cpu(), y.cpu())
+    trainer: Any = DartsTrainer(
+        *(model, nn.functional.cross_entropy, None),
+        torch.optim.SGD(model.parameters(), 0.025, momentum=0.9, weight_decay=3e-4),
+        *(1, data, data, mutator),
+        batch_size=batch,
+        device=DEVICE,
+        compile=peer.startswith("ours"),
+        cuda_graph=peer == "ours search",
+        precision="bf16" if kind == "bf16" else "no",
+    )
+    trainer.set_training(True)
+    train = trainer.split((x, y))
+
+    def step() -> object:
+        return trainer._search_step(train, train)
+
+    # the first few set up, one is recorded
+    for _ in range(8):
+        step()
+    captured = getattr(trainer._search_step, "captured", None)
+    if peer == "ours search" and (captured is None or not captured.replays):
+        raise RuntimeError(f"no step was replayed: {captured and captured.reason}")
+    return step, trainer.compiled
+
+
+def in_process(case: str, peer: str, seconds: float) -> dict[str, Any]:
+    """Time a peer in a process of its own."""
+    command = [sys.executable, __file__, "--cases", case, "--peer", peer]
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -190,8 +223,13 @@ def in_process(name: str, peer: str, batch: int, seconds: float) -> dict[str, An
 
 
 def check(log: Log) -> list[str]:
-    """What is wrong, by the tests and by a small network."""
-    wrong = []
+    """What is wrong, by the self-test, the tests and small networks."""
+    from nascompile.compiler.region.selftest import why_not_trusted
+
+    begin = time.perf_counter()
+    reason = why_not_trusted(torch.device("cuda", 0))
+    log(f"self-test: {reason or 'passed'}, {time.perf_counter() - begin:.1f} s with all compilations")
+    wrong = [] if reason is None else [f"self-test: {reason}"]
     if all(importlib.util.find_spec(name) for name in ("pytest", "hypothesis")):
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS]
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=240)
@@ -211,7 +249,6 @@ def compare(log: Log, name: str) -> list[str]:
     """Every gradient of a small network against fp64, relative to what eager fp32 achieves."""
     import nascompile
 
-    use_triton()
     model, mutator = network(name, small=True)
     exact, exact_mutator = network(name, small=True)
     exact.double()
@@ -229,8 +266,8 @@ def compare(log: Log, name: str) -> list[str]:
         named = [*owner.named_parameters(), *choices.named_parameters()]
         found[peer] = {"loss": loss.detach(), **{k: p.grad for k, p in named if p.grad is not None}}
         owner.load_state_dict(state)
-    if not PROGRAMS:
-        return [f"{name}: no plan ran: {compiled.notes}"]
+    if not programs(compiled):
+        return [f"{name}: {no_plan(compiled)}"]
     worst, wrong = 0.0, []
     for key, expected in found["exact"].items():
         size = max(float(expected.double().norm()), 1e-6 * expected.numel() ** 0.5)
@@ -245,20 +282,17 @@ def compare(log: Log, name: str) -> list[str]:
 
 def kernels(log: Log, name: str, batch: int) -> None:
     """Time, bytes and FLOPs of every kernel in one step."""
+    # imported late: the package is built by benchmarks/gpu.py first
     import nascompile
     from nascompile.kernels.plan.traffic import Traffic, count
 
-    use_triton()
-    PROGRAMS.clear()
     model, mutator = network(name)
-    step = step_of(nascompile.compile(model), mutator, *images(batch))
-    step()
-    PROGRAMS.clear()
-    step()
-    # imported late: the package is built by benchmarks/gpu.py first
-
+    compiled = nascompile.compile(model)
+    step = step_of(compiled, mutator, *images(batch))
+    for _ in range(2):
+        step()
     counted: dict[str, Traffic] = defaultdict(Traffic)
-    for program in PROGRAMS:
+    for program in programs(compiled):
         for kernel, traffic in count(program).items():
             counted[kernel] += traffic
     activities = [torch.profiler.ProfilerActivity.CUDA]
@@ -288,60 +322,69 @@ def ceilings(log: Log) -> None:
     )
 
 
+def measure(log: Log, cases: list[str], end: float) -> list[dict[str, Any]]:
+    """A row for each case and peer, as far as time allows; torch.compile last, for it takes minutes."""
+    rows = []
+    plan = [(case, peer) for case in cases for peer in PEERS[:-1]] + [(case, PEERS[-1]) for case in cases]
+    for case, peer in plan:
+        limit = min(120.0, end - time.perf_counter())
+        row = in_process(case, peer, limit) if limit > 5 else {"note": "no time left"}
+        network, batch, kind = case.split(":")
+        rows.append({"network": network, "batch": batch, "type": kind, "peer": peer, **row})
+        log(f"{case:20} {peer:26} {row.get('median_ms', float('nan')):9.3f} ms  {row['note']}")
+        if peer == "ours graph" and case == cases[0]:
+            try:
+                kernels(log, network, int(batch))
+            except Exception as error:
+                log(f"no profile: {type(error).__name__}: {error}"[:300])
+    return rows
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--cases", default=",".join(CASES), help="network:batch:type, by commas")
     parser.add_argument("--seconds", type=float, default=420, help="after so many no peer is begun")
-    parser.add_argument("--network", choices=NETWORKS, help="time one peer, and print the row")
-    parser.add_argument("--peer", choices=PEERS)
+    parser.add_argument("--peer", choices=PEERS, help="time one peer of one case, and print the row")
     options = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = True
+    cases = options.cases.split(",")
     if options.peer:
-        print(json.dumps(measure_peer(options.network, options.peer, options.batch)))
+        network, batch, kind = cases[0].split(":")
+        print(json.dumps(measure_peer(network, int(batch), kind, options.peer)))
         return 0
     log = Log(options.out / "gpu_plans.txt")
     end = time.perf_counter() + options.seconds
-    log(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, batch {options.batch}")
+    log(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     ceilings(log)
     wrong = check(log)
     for problem in wrong:
         log(f"WRONG: {problem}")
-    rows = []
-    # torch.compile last: it takes minutes
-    for peer in PEERS:
-        for name in NETWORKS:
-            limit = min(120.0, end - time.perf_counter())
-            row = in_process(name, peer, options.batch, limit) if limit > 5 else {"note": "no time left"}
-            rows.append({"network": name, "batch": options.batch, "peer": peer, **row})
-            log(f"{name:12} {peer:20} {row.get('median_ms', float('nan')):9.3f} ms  {row['note']}")
-        if peer == "ours graph":
-            for name in NETWORKS:
-                try:
-                    kernels(log, name, options.batch)
-                except Exception as error:
-                    log(f"no profile: {type(error).__name__}: {error}"[:300])
-    write(options.out / "gpu_plans.csv", rows, wrong=bool(wrong))
+    write(options.out / "gpu_plans.csv", measure(log, cases, end), wrong=bool(wrong))
     return 1 if wrong else 0
 
 
 def write(path: Path, rows: list[dict[str, Any]], *, wrong: bool) -> None:
-    """The rows, ours with the time of the fastest other peer over it."""
+    """The rows, ours with the time of the fastest other peer over it: steps among steps, searches among
+    searches."""
     for row in rows:
-        others = [
-            other["median_ms"]
-            for other in rows
-            if other["network"] == row["network"] and "ours" not in other["peer"] and "median_ms" in other
-        ]
-        if "ours" in row["peer"] and "median_ms" in row and others and not wrong:
+        others = [other["median_ms"] for other in rows if "median_ms" in other and _is_peer(row, other)]
+        if "median_ms" in row and others and not wrong:
             row["ratio"] = f"{min(others) / row['median_ms']:.2f}"
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
+
+
+def _is_peer(ours: dict[str, Any], other: dict[str, Any]) -> bool:
+    case = ("network", "batch", "type")
+    kinds = {row["peer"] in SEARCHES for row in (ours, other)}
+    same = all(ours[name] == other[name] for name in case) and len(kinds) == 1
+    return same and "ours" in ours["peer"] and "ours" not in other["peer"]
 
 
 if __name__ == "__main__":

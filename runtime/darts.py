@@ -111,7 +111,7 @@ class DartsTrainer(Trainer):
         return meters.averages()
 
     def search_step(self, train: Batch, valid: Batch) -> tuple[Any, Tensor, dict[str, Any]]:
-        """One step of the architecture and one of the weights; the logits, loss and decision of the latter."""
+        """A step of the architecture and one of the weights; the logits, loss and decision of the latter."""
         self.architecture_step(train, valid)
         self.mutator.reset()
         logits, loss = self.update_weights(train)

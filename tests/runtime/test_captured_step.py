@@ -25,7 +25,7 @@ class Setup:
 
     def __init__(self, optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.SGD, **options: Any):
         torch.manual_seed(0)
-        self.model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3))
+        self.model: Any = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3))
         options = options or {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-3}
         self.optimizer = optimizer(self.model.parameters(), **options)
         self.extra: Callable[[Tensor], Tensor] = lambda loss: loss

@@ -99,7 +99,7 @@ def test_a_replayed_search_is_the_search() -> None:
 
 
 def test_attributes_that_change_between_epochs_are_seen() -> None:
-    def scale(trainer: Trainer, epoch: int) -> None:
+    def scale(trainer: Any, epoch: int) -> None:
         trainer.model.scale = 1.0 + epoch
 
     plain, _ = searched(net(Scaled), replays=False, callbacks=[AtEpochs(scale)])
