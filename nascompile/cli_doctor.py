@@ -39,12 +39,13 @@ def examine() -> dict[str, Any]:
     import warnings
 
     from nascompile import __version__
+    from nascompile.compiler.region.region import plan_rows
     from nascompile.kernels import doctor_report
 
     with warnings.catch_warnings():
         # what these warn about is a row of the report
         warnings.simplefilter("ignore")
-        rows = doctor_report()
+        rows = [*doctor_report(), *plan_rows()]
     return {
         "versions": {
             "nascompile": __version__,

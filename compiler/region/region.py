@@ -27,6 +27,7 @@ from nascompile.compiler.region.selftest import why_not_trusted
 from nascompile.compiler.region.settings import Settings, read_borders
 from nascompile.compiler.region.shapes import check_shapes
 from nascompile.compiler.region.types import working_type
+from nascompile.kernels.registry import Row
 from nascompile.kernels.transforms import is_forward_differentiated, is_transformed
 
 PLAN_LIMIT = 8
@@ -299,9 +300,33 @@ def executor_for(tensors: Sequence[Any]) -> Executor | str:
     if not suitable:
         found = " and ".join(map(str, types))
         return f"there is no plan for images in {found} on {device}: plans are for fp32, bf16 and fp16"
-    where = tensors[0].device
-    reasons = [executor.why_not(where) or why_not_trusted(where) for executor in suitable]
+    reasons = [_why_not_here(executor, tensors[0].device) for executor in suitable]
     return next((e for e, why in zip(suitable, reasons, strict=True) if why is None), reasons[0] or "")
+
+
+def plan_rows() -> list[Row]:
+    """What carries out plans on this machine, on the CPU and on each GPU; a GPU takes its test for it."""
+    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    rows = []
+    for device in (torch.device("cpu"), *gpus):
+        reasons = {e.name: _why_not_here(e, device) for e in EXECUTORS if e.device == device.type}
+        used = next((name for name, reason in reasons.items() if reason is None), "op by op")
+        reasons.setdefault("op by op", f"{used} comes first")
+        for name, reason in reasons.items():
+            shown = "used" if name == used else reason or f"{used} comes first"
+            row = Row(
+                operation="plans",
+                device=str(device),
+                implementation=name,
+                used=name == used,
+                reason=shown,
+            )
+            rows.append(row)
+    return rows
+
+
+def _why_not_here(executor: Executor, device: torch.device) -> str | None:
+    return executor.why_not(device) or why_not_trusted(device)
 
 
 def _why_not_now() -> str | None:

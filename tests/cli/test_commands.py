@@ -150,6 +150,9 @@ def test_doctor_reports_every_implementation(cli: CommandLine) -> None:
         assert [row["implementation"] for row in rows] == [found.name for found in kernel.implementations]
         assert sum(row["used"] for row in rows) == 1
         assert all(row["reason"] for row in rows)
+    plans = [row for row in cpu if row["operation"] == "plans"]
+    assert [row["implementation"] for row in plans] == ["native", "op by op"]
+    assert sum(row["used"] for row in plans) == 1
     out = cli.good("doctor")
     for word in ("versions", "devices", "operations", torch.__version__, ALL[0].name):
         assert word in out

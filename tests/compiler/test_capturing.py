@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from nascompile.compiler.region import selftest
+from nascompile.compiler.region import region, selftest
 from nascompile.compiler.region.execution import Memory
+from nascompile.compiler.region.executors import NATIVE, TRITON
 from nascompile.compiler.region.reached import GradientMemory, reached
 from nascompile.compiler.region.selftest import why_not_trusted
 from nascompile.kernels import capturing
@@ -148,3 +150,19 @@ def test_a_different_result_is_told() -> None:
     assert found == ["a is 1.0e-02 off", "b is there, and should not be", "c is missing"]
     ours["a"] = torch.tensor([1.0, 1.0, torch.nan])
     assert "a is nan off" in selftest._differences(ours, right)
+
+
+@pytest.mark.parametrize("problem", [None, "output is 1 off"])
+def test_the_doctor_says_what_runs_plans(monkeypatch: pytest.MonkeyPatch, problem: str | None) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(selftest, "problems", lambda device, width: [problem] if problem else [])
+    here = replace(TRITON, why_not=lambda device: None)
+    monkeypatch.setattr(region, "EXECUTORS", (NATIVE, here))
+    rows = [row for row in region.plan_rows() if row.device == "cuda:0"]
+    assert {row.implementation: row.used for row in rows} == {
+        "triton": problem is None,
+        "op by op": problem is not None,
+    }
+    reasons = {row.implementation: row.reason for row in rows}
+    assert reasons["triton"] == "used" if problem is None else problem in reasons["triton"]
+    assert reasons["op by op"] == ("triton comes first" if problem is None else "used")
