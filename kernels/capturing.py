@@ -1,5 +1,5 @@
-"""What holds while a CUDA graph is captured: memory that its kernels use is its own, and what they read has
-to be kept as long as the graph."""
+"""Streams and captures of GPUs: memory that is used again may be so in the order of one stream only; what a
+CUDA graph uses is its own, and what it reads has to be kept as long as the graph."""
 
 from __future__ import annotations
 
@@ -16,6 +16,11 @@ _HOLDERS: list[list[Any]] = []
 def is_capturing(device: torch.device) -> bool:
     """Whether what this thread asks of the device goes into a CUDA graph, and is not carried out now."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def stream_of(device: torch.device) -> int:
+    """A number of the stream on which this thread asks things of the device; 0 where there are none."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 @contextmanager

@@ -55,7 +55,8 @@ class GradientMemory:
 
     def __init__(self, **options: Any) -> None:
         self._options = options
-        self._flat: Tensor | None = None
+        self._last: tuple[int, Tensor] | None = None
+        """The stream on which it was used, and the memory."""
         self._lock = threading.Lock()
 
     def take(self, wanted: Reached, count: int, absent: Tensor) -> list[Tensor]:
@@ -66,11 +67,14 @@ class GradientMemory:
             return self._spread(torch.empty(wanted.floats, **self._options), wanted, count, absent)
         with self._lock:
             # taken out: two threads must not find the same piece free
-            flat, self._flat = self._flat, None
+            last, self._last = self._last, None
+        stream, flat = capturing.stream_of(absent.device), None
+        if last is not None and last[0] == stream:
+            flat = last[1]
         if flat is None or flat.numel() != wanted.floats or _is_held(flat):
             flat = torch.empty(wanted.floats, **self._options)
         found = self._spread(flat, wanted, count, absent)
-        self._flat = flat
+        self._last = stream, flat
         return found
 
     def _spread(self, flat: Tensor, wanted: Reached, count: int, absent: Tensor) -> list[Tensor]:

@@ -106,7 +106,9 @@ class Prepared:
 
     def _addresses(self, tensors: Sequence[Tensor], captures: bool) -> Tensor:
         """The tensors' addresses on the device."""
-        key = tuple(tensor.data_ptr() for tensor in tensors)
+        addresses = [tensor.data_ptr() for tensor in tensors] or [0]
+        # a copy is there for what follows on its stream
+        key = (capturing.stream_of(self.device), *addresses)
         found = self._tables.get(key)
         if found is not None:
             if captures:
@@ -114,7 +116,7 @@ class Prepared:
                 self._captured.append((found, found))
             return found
         if self.device.type != "cuda":
-            found = torch.tensor(key or (0,), dtype=torch.int64, device="cpu")
+            found = torch.tensor(addresses, dtype=torch.int64, device="cpu")
         elif captures:
             # nothing may be allocated on the host now, and the copy is repeated whenever the graph is
             # replayed
@@ -122,10 +124,10 @@ class Prepared:
                 raise RuntimeError("run the program once before it is captured, at most 8 times per run")
             pair = self._reserve.pop()
             self._captured.append(pair)
-            pair[0][: len(key)] = torch.tensor(key, dtype=torch.int64, device="cpu")
+            pair[0].copy_(torch.tensor(addresses, dtype=torch.int64, device="cpu"))
             return pair[1].copy_(pair[0], non_blocking=True)
         else:
-            host = torch.tensor(key or (0,), dtype=torch.int64, device="cpu").pin_memory()
+            host = torch.tensor(addresses, dtype=torch.int64, device="cpu").pin_memory()
             found = host.to(self.device, non_blocking=True)
             while len(self._reserve) < _RESERVE:
                 self._reserve.append((torch.zeros_like(host).pin_memory(), torch.zeros_like(found)))

@@ -55,7 +55,7 @@ def test_gradients_of_a_graph_are_its_own() -> None:
     (found,) = gradients.take(wanted, 1, absent)
     assert found.shape == (3,)
     # nothing is kept for the next step, which may not be one of the graph's
-    assert gradients._flat is None
+    assert gradients._last is None
 
 
 def test_memory_is_by_device_and_type() -> None:
@@ -166,3 +166,24 @@ def test_the_doctor_says_what_runs_plans(monkeypatch: pytest.MonkeyPatch, proble
     reasons = {row.implementation: row.reason for row in rows}
     assert reasons["triton"] == "used" if problem is None else problem in reasons["triton"]
     assert reasons["op by op"] == ("triton comes first" if problem is None else "used")
+
+
+def test_memory_is_used_again_on_its_own_stream_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere nobody waits for what still goes on in it."""
+    memory, gradients, absent = Memory(), GradientMemory(**OPTIONS), torch.empty(0)
+    wanted = reached([torch.Size([3])], [True], [False], [])
+    slabs, pieces = [], []
+    for stream in (1, 2, 1):
+        monkeypatch.setattr(capturing, "stream_of", lambda device, number=stream: number)
+        lease = memory.lease(64, **OPTIONS)
+        slabs.append(lease.slab)
+        lease.give_back()
+        last = gradients._last
+        gradients.take(wanted, 1, absent)
+        pieces.append(last is not None and gradients._last is not None and last[1] is gradients._last[1])
+    assert slabs[0] is slabs[2]
+    assert slabs[0] is not slabs[1]
+    assert pieces == [False, False, False]
+    gradients.take(wanted, 1, absent)
+    assert gradients._last is not None
+    assert gradients._last[0] == 1

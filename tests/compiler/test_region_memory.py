@@ -44,7 +44,7 @@ def test_two_threads_never_get_one_slab() -> None:
         except threading.BrokenBarrierError:
             return
 
-    memory.take_back(watched(wait_for_the_other))
+    memory.take_back((DTYPE, CPU, 0), watched(wait_for_the_other))
     with ThreadPoolExecutor(2) as pool:
         leases = list(pool.map(lambda _: memory.lease(FLOATS, DTYPE, CPU), range(2)))
     places = {lease.slab.data_ptr() for lease in leases if lease.slab is not None}
@@ -54,7 +54,7 @@ def test_two_threads_never_get_one_slab() -> None:
 def test_the_garbage_collector_may_give_back_in_the_middle_of_a_lease() -> None:
     memory = Memory()
     forgotten = [memory.lease(FLOATS, DTYPE, CPU)]
-    memory.take_back(watched(forgotten.clear))
+    memory.take_back((DTYPE, CPU, 0), watched(forgotten.clear))
     found = []
     # a daemon: where the lock is not reentrant the thread never ends
     thread = threading.Thread(target=lambda: found.append(memory.lease(FLOATS, DTYPE, CPU)), daemon=True)
