@@ -187,7 +187,9 @@ def _distance(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
     total = 0.0
     for one, other in zip(left, right, strict=True):
         if one.is_floating_point():
-            total += float((one.detach().double() - other.double()).square().sum())
+            # infinities that are the same are no distance
+            away = torch.where(one == other, 0.0, one.detach().double() - other.double())
+            total += float(away.square().sum())
     return total**0.5
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nascompile.compiler.compiled import CompiledModel
 from nascompile.runtime.batches import Batch
@@ -46,12 +46,14 @@ class ReplayedStep:
     """A trainer's step, a function of batches, by a recorder."""
 
     def __init__(self, trainer: Trainer, step: Step, recorder: Recorder) -> None:
+        tensors = _Tensors(trainer)
+        stamps = _Stamps(trainer, tensors)
         self.captured = CapturedStep(
             lambda *parts: step(*_batches(parts)),
             recorder,
             list(trainer.optimizers().values()),
-            lambda *parts: _stamp(trainer, _batches(parts)),
-            lambda: _state(trainer),
+            lambda *parts: stamps.now(_batches(parts)),
+            tensors.now,
         )
 
     def __call__(self, *batches: Batch) -> Any:
@@ -82,27 +84,55 @@ def settle_optimizers(trainer: Trainer) -> None:
             make_capturable(optimizer, trainer.device)
 
 
-def _stamp(trainer: Trainer, batches: list[Batch]) -> Hashable | str:
-    compiled = trainer.compiled
-    assert isinstance(compiled, CompiledModel)
-    traces = [compiled.trace_of(*batch.args, **batch.kwargs) for batch in batches]
-    reasons = [trace for trace in traces if isinstance(trace, str)]
-    if reasons:
-        return reasons[0]
-    return (
-        tuple(map(id, traces)),
-        addresses(_state(trainer)),
-        plain_attributes(trainer.loss),
-        trainer.aux_weight,
-    )
+class _Tensors:
+    """All that a step changes: parameters, buffers, the mutator's, the loss', the optimizers'.
+
+    Where a model keeps them is looked up once for each of its traces: a supernet has thousands of modules.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._dicts: list[dict[str, Any]] = []
+        self._names: list[str] = []
+
+    def look_up(self) -> None:
+        """Find out where the tensors are kept."""
+        owners = [self._trainer.model, self._trainer.mutator, self._trainer.loss]
+        modules = [m for owner in owners if isinstance(owner, nn.Module) for m in owner.modules()]
+        dicts = [kept for module in modules for kept in (module._parameters, module._buffers)]
+        pairs = [(kept, name) for kept in dicts for name, value in kept.items() if value is not None]
+        self._dicts, self._names = [kept for kept, _ in pairs], [name for _, name in pairs]
+
+    def now(self) -> list[Tensor]:
+        """The tensors at present."""
+        try:
+            found = list(map(operator.getitem, self._dicts, self._names))
+        except KeyError:
+            self.look_up()
+            return self.now()
+        for optimizer in self._trainer.optimizers().values():
+            found += tensors_of(optimizer)
+        return [tensor for tensor in found if tensor is not None]
 
 
-def _state(trainer: Trainer) -> list[Tensor]:
-    """All that a step changes: parameters, buffers, the mutator's, the optimizers'."""
-    found = [*trainer.model.parameters(), *trainer.model.buffers()]
-    found += [*trainer.mutator.parameters(), *trainer.mutator.buffers()]
-    for optimizer in trainer.optimizers().values():
-        found += tensors_of(optimizer)
-    if isinstance(trainer.loss, torch.nn.Module):
-        found += trainer.loss.state_dict(keep_vars=True).values()
-    return found
+class _Stamps:
+    """What a step depends on, but for its batches."""
+
+    def __init__(self, trainer: Trainer, tensors: _Tensors) -> None:
+        self._trainer, self._tensors = trainer, tensors
+        self._traces: list[int] = []
+
+    def now(self, batches: Sequence[Batch]) -> Hashable | str:
+        """It at present; a string says why a step cannot be replayed."""
+        compiled = self._trainer.compiled
+        assert isinstance(compiled, CompiledModel)
+        traces = [compiled.trace_of(*batch.args, **batch.kwargs) for batch in batches]
+        reasons = [trace for trace in traces if isinstance(trace, str)]
+        if reasons:
+            return reasons[0]
+        known, self._traces = self._traces, list(map(id, traces))
+        # another trace may be that of a model with other modules
+        if known != self._traces:
+            self._tensors.look_up()
+        where, loss = addresses(self._tensors.now()), plain_attributes(self._trainer.loss)
+        return (*self._traces, where, loss, self._trainer.aux_weight)

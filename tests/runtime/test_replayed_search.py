@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -167,3 +168,19 @@ def test_only_optimizers_that_can_are_told_to() -> None:
         assert [group.get("capturable") for group in optimizer.param_groups] == [
             True if kind is torch.optim.Adam else None
         ]
+
+
+def test_state_that_is_loaded_is_taken_up() -> None:
+    """Optimizers make new tensors of it, at other addresses."""
+
+    def back(trainer: Any, epoch: int) -> None:
+        if epoch == 1:
+            trainer.kept = [copy.deepcopy(o.state_dict()) for o in trainer.optimizers().values()]
+        if epoch == 2:
+            for optimizer, state in zip(trainer.optimizers().values(), trainer.kept, strict=True):
+                optimizer.load_state_dict(state)
+
+    plain, _ = searched(net(), replays=False, callbacks=[AtEpochs(back)])
+    found, step = searched(net(), replays=True, callbacks=[AtEpochs(back)])
+    same(found, plain)
+    assert step.captured.replays
