@@ -9,6 +9,7 @@ import copy
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,6 +20,10 @@ from torch.utils._pytree import tree_flatten_with_path
 import nascompile
 from nascompile.compiler.region import region
 from nascompile.compiler.region.executors import Executor
+from nascompile.compiler.region.gradients import Wanted
+from nascompile.compiler.region.ir import Graph
+from nascompile.compiler.region.plan import Plan
+from nascompile.compiler.region.settings import Settings
 from nascompile.kernels.plan import cuda
 from nascompile.kernels.plan.program import Program
 from nascompile.kernels.plan.run import prepared
@@ -136,7 +141,23 @@ def close(found: Tensor, expected: Tensor, name: str) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * scale, msg=lambda m: f"{name}: {m}")
 
 
+@pytest.fixture(params=["cuda", "cpu"])
+def planned_for(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The device that plans are made for; the kernels carry out those for a CPU as well."""
+    build = region.build
+
+    def build_for(graph: Graph, settings: Settings, wanted: Wanted | None) -> Plan:
+        executor = replace(settings.executor, device=request.param)
+        plan = build(graph, replace(settings, executor=executor), wanted)
+        # where it runs
+        return replace(plan, settings=settings)
+
+    monkeypatch.setattr(region, "build", build_for)
+    return request.param
+
+
 @pytest.mark.parametrize("is_training", [True, False])
+@pytest.mark.usefixtures("planned_for")
 def test_a_region_equals_the_network(is_training):
     torch.manual_seed(0)
     network = Network().to(DEVICE).train(is_training)
