@@ -34,25 +34,27 @@ class Job:
 def schedule(jobs: Sequence[Job]) -> list[list[Job]]:
     """The jobs in groups for one launch each, every one after those that it depends on."""
     before = dependencies(jobs)
-    levels: list[int] = []
     after: list[list[int]] = [[] for _ in jobs]
     for number, others in enumerate(before):
-        levels.append(1 + max((levels[other] for other in others), default=-1))
         for other in others:
             after[other].append(number)
+    # how long the chains are that wait for a job
+    chains = [0] * len(jobs)
+    for number in reversed(range(len(jobs))):
+        chains[number] = max((1 + chains[follower] for follower in after[number]), default=0)
     waits = [len(others) for others in before]
     ready: dict[Hashable, list[int]] = {}
     for number, count in enumerate(waits):
         if not count:
             ready.setdefault(jobs[number].key, []).append(number)
 
-    def mean_level(key: Hashable) -> float:
-        return sum(levels[number] for number in ready[key]) / len(ready[key])
+    def longest(key: Hashable) -> int:
+        return max(chains[number] for number in ready[key])
 
     found = []
     while ready:
-        # those that come first in their chains; for the others more of their key may still become ready
-        group = ready.pop(min(ready, key=mean_level))
+        # the longest chain decides how many launches there are; the others' ends may meet more of their kind
+        group = ready.pop(max(ready, key=longest))
         found.append([jobs[number] for number in group])
         for follower in (follower for number in group for follower in after[number]):
             waits[follower] -= 1
