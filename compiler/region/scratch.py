@@ -9,7 +9,7 @@ from nascompile.compiler.region.tasks import scratch_map
 from nascompile.kernels.plan.program import aligned
 from nascompile.kernels.plan.steps import Map
 
-_COPIES = 1 << 28
+COPIES = 1 << 28
 """Bytes that further images of one geometry may take on a GPU."""
 
 
@@ -25,7 +25,7 @@ class Scratch:
         self.floats = 0
         # a thread of the CPU takes one step after another, and fewer images keep its cache small
         self.has_copies = device != "cpu"
-        self._room = 0 if device == "cpu" else _COPIES // (4 * images)
+        self._room = 0 if device == "cpu" else COPIES // (4 * images)
         self._maps: defaultdict[tuple[Any, ...], list[Map]] = defaultdict(list)
         self._users: Counter[tuple[Any, ...]] = Counter()
 

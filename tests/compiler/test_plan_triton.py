@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path
 
 import nascompile
-from nascompile.compiler.region import region
+from nascompile.compiler.region import region, scratch
 from nascompile.compiler.region.executors import Executor
 from nascompile.compiler.region.gradients import Wanted
 from nascompile.compiler.region.ir import Graph
@@ -141,24 +141,26 @@ def close(found: Tensor, expected: Tensor, name: str) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * scale, msg=lambda m: f"{name}: {m}")
 
 
-@pytest.fixture(params=["cuda", "cpu"])
-def planned_for(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The device that plans are made for; the kernels carry out those for a CPU as well."""
-    build = region.build
+@pytest.fixture(params=[("cuda", 1 << 28), ("cuda", 1 << 14), ("cuda", 0), ("cpu", 0)], ids=str)
+def planned_for(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
+    """Plans are made for a device, with room for copies; the kernels carry out those for a CPU as well."""
+    build, made = region.build, []
+    device, room = request.param
+    monkeypatch.setattr(scratch, "COPIES", room)
 
     def build_for(graph: Graph, settings: Settings, wanted: Wanted | None) -> Plan:
-        executor = replace(settings.executor, device=request.param)
+        executor = replace(settings.executor, device=device)
         plan = build(graph, replace(settings, executor=executor), wanted)
+        made.append(plan)
         # where it runs
         return replace(plan, settings=settings)
 
     monkeypatch.setattr(region, "build", build_for)
-    return request.param
+    return made
 
 
 @pytest.mark.parametrize("is_training", [True, False])
-@pytest.mark.usefixtures("planned_for")
-def test_a_region_equals_the_network(is_training):
+def test_a_region_equals_the_network(is_training, planned_for):
     torch.manual_seed(0)
     network = Network().to(DEVICE).train(is_training)
     exact = copy.deepcopy(network).double()
@@ -173,4 +175,21 @@ def test_a_region_equals_the_network(is_training):
         for name, tensor in expected.items():
             close(found[name], tensor, name)
         plans = sum(len(r.plans) for entry in model.entries for r in entry.regions)
-    assert plans > 0, model.notes
+    assert plans == len(planned_for) > 0, model.notes
+
+
+def test_the_gradients_of_an_input_alone(planned_for):
+    torch.manual_seed(0)
+    network = Network().to(DEVICE)
+    exact = copy.deepcopy(network).double()
+    mutators = Decided(network), Decided(exact)
+    model = nascompile.compile(network)
+    found = []
+    for one, mutator, dtype in ((model, mutators[0], torch.float32), (exact, mutators[1], torch.float64)):
+        mutator.decide({key: m.detach().to(DEVICE, dtype) for key, m in decision(DECISIONS[0]).items()})
+        torch.manual_seed(1)
+        x = torch.randn(2, 3, 6, 6).to(DEVICE, dtype).requires_grad_()
+        # the parameters want gradients, but not now
+        found += torch.autograd.grad(one(x).square().sum(), x)
+    close(found[0], found[1], "gradient of the input")
+    assert planned_for, model.notes

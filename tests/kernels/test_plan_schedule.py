@@ -52,6 +52,8 @@ def test_parts_of_one_map_do_not_meet():
     areas = [map_area(part, 3) for part in parts]
     met = {(i, j) for i in range(4) for j in range(i) if areas[i].meets(areas[j])}
     assert met == {(3, 1)}
+    # what a tap reads of the first part may lie in the second
+    assert map_area(parts[0], 3, [Tap(8, 0)]).meets(areas[1])
 
 
 def test_other_areas():
