@@ -322,10 +322,14 @@ class Backward(MapGradients):
         has_weights = slots != (None, None)
         full = self.flags.all_of([flag, self._with_parameters]) if has_weights else flag
         light = self.flags.all_of([flag, self.flags.chosen(WITHOUT_PARAMETERS)])
+        is_one = not self.settings.executor.in_turn
 
         def make_both(maps: dict[str, Map]) -> tuple[ConvolveBackward, ...]:
             """With the gradients of the weights, or without: the run says which."""
             first = replace(make(maps), flag=full)
+            if is_one and has_weights:
+                # there two steps that write one place would take turns, even where one of them is off
+                return (replace(first, flag=flag, gradient_flag=full),)
             return (first, replace(make(maps, (None, None)), flag=light)) if has_weights else (first,)
 
         self.tasks.step(

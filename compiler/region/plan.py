@@ -19,6 +19,7 @@ from nascompile.compiler.region.forward import Forward
 from nascompile.compiler.region.gradients import Wanted
 from nascompile.compiler.region.ir import Graph, TensorRef, Value
 from nascompile.compiler.region.memory import Buffer, lay_out, lay_out_images
+from nascompile.compiler.region.scratch import Scratch
 from nascompile.compiler.region.settings import Settings
 from nascompile.compiler.region.storage import scale_and_shift
 from nascompile.compiler.region.tasks import (
@@ -28,13 +29,12 @@ from nascompile.compiler.region.tasks import (
     in_phase,
     pack_at_once,
     pack_when_used,
-    scratch_map,
     set_phases,
     touch,
     unpack_when_complete,
 )
 from nascompile.kernels.plan.program import Phase, Program, aligned, encode
-from nascompile.kernels.plan.steps import NONE, Activation, Combine, Map, Unstage
+from nascompile.kernels.plan.steps import NONE, Activation, Combine, Map, Term, Unstage
 
 
 @dataclass(slots=True)
@@ -142,45 +142,17 @@ def _touch_in_turn(tasks: Sequence[Task]) -> None:
                 buffer.last = turn
 
 
-class _Scratch:
-    """Scratch memory: one image for every name and geometry; users of one geometry take turns."""
-
-    def __init__(self) -> None:
-        self.floats = 0
-        self._maps: dict[tuple[Any, ...], Map] = {}
-
-    def get(
-        self,
-        name: str,
-        channels: int,
-        height: int,
-        width: int,
-        border: tuple[int, int],
-    ) -> Map:
-        """The interior of an image with zeros around it."""
-        key = (name, channels, height, width, border)
-        if key not in self._maps:
-            row = (width + 2 * border[1]) * channels
-            # rows a whole number of kilobytes apart would fall on the same cache lines
-            if row % 256 == 0 and any(border):
-                row += channels
-            start = self.floats + border[0] * row + border[1] * channels
-            self._maps[key] = scratch_map(start, row, channels, channels, height, width)
-            # one row more: the taps of the last pixel may pass the end of the last border
-            self.floats += aligned((height + 2 * border[0] + 1) * row)
-        return self._maps[key]
-
-
 def _emit(
     tasks: TaskList, settings: Settings, flags: Flags, sums: int, gradients: int, tensors: list[Any]
 ) -> Direction:
-    scratch = _Scratch()
+    scratch = Scratch(settings.executor.in_turn, settings.images)
     by_phase: defaultdict[int, list[Task]] = defaultdict(list)
     for task in tasks.tasks:
         by_phase[task.phase].append(task)
     phases = []
     serves: list[tuple[Value, ...]] = []
     for number in range(max(by_phase, default=-1) + 1):
+        scratch.begin_phase()
         barriers, steps = in_phase(by_phase[number])
         serves += [(task.value,) for task in barriers]
         operations = _steps(steps, scratch, flags, serves)
@@ -199,7 +171,7 @@ def _emit(
 
 
 def _steps(
-    tasks: Sequence[Task], scratch: _Scratch, flags: Flags, serves: list[tuple[Value, ...]]
+    tasks: Sequence[Task], scratch: Scratch, flags: Flags, serves: list[tuple[Value, ...]]
 ) -> list[Any]:
     """The steps of a phase: what reads one staged image stands together, after the step that stages it.
 
@@ -222,24 +194,26 @@ def _steps(
         maps: dict[str, Map] = {}
         if staged is not None:
             maps["x"] = _stage(staged, run, scratch, flags, found)
-        if gather is not None:
-            assert staged is not None
-            maps["dx"] = _begin_gather(staged, run, scratch, flags, found)
+        gathered = None if gather is None else _begin_gather(staged, run, scratch, flags, found)
         together = tuple(task.value for task in run)
         serves += [together] * (first + len(found) - len(serves))
-        for task in run:
+        for number, task in enumerate(run):
             own = {
                 name: scratch.get(name, channels, height, width, border)
                 for name, channels, height, width, border in task.scratch
             }
+            if gathered is not None:
+                own["dx"] = gathered.places[number % len(gathered.places)]
             made = task.make({**maps, **own})
             made = made if isinstance(made, tuple) else (replace(made, flag=task.flag),)
+            if gathered is not None and gathered.is_written:
+                made = tuple(replace(step, adds=0) for step in made)
             found += made
             serves += [(task.value,)] * len(made)
-        if gather is not None:
+        if gathered is not None:
             assert staged is not None
-            _end_gather(staged, run, maps["dx"], flags, found)
-            serves.append(together)
+            _end_gather(staged, run, gathered, flags, found)
+            serves += [together] * (first + len(found) - len(serves))
     return found
 
 
@@ -247,7 +221,7 @@ def _any(flags: Flags, run: Sequence[Task]) -> int:
     return flags.any_of(task.flag for task in run)
 
 
-def _stage(staged: Staged, run: Sequence[Task], scratch: _Scratch, flags: Flags, found: list[Any]) -> Map:
+def _stage(staged: Staged, run: Sequence[Task], scratch: Scratch, flags: Flags, found: list[Any]) -> Map:
     source = staged.source
     if staged.is_direct:
         return source.map()
@@ -257,18 +231,42 @@ def _stage(staged: Staged, run: Sequence[Task], scratch: _Scratch, flags: Flags,
     return target
 
 
+@dataclass(frozen=True, slots=True)
+class _Gathered:
+    """Where the gradients of a staged image go, which the tasks of a run take by turns, and under which flags
+    something comes there. is_written: by one task each, which writes; else they are added to zeros."""
+
+    places: list[Map]
+    flags: list[int]
+    is_written: bool
+
+
 def _begin_gather(
-    staged: Staged, run: Sequence[Task], scratch: _Scratch, flags: Flags, found: list[Any]
-) -> Map:
+    staged: Staged | None, run: Sequence[Task], scratch: Scratch, flags: Flags, found: list[Any]
+) -> _Gathered:
+    assert staged is not None
     source = staged.source
-    target = scratch.get("dx", source.channels, source.height, source.width, (0, 0))
-    found.append(Combine((), NONE, Activation.none, target, 0, NONE, flag=_any(flags, run)))
-    return target
+    places = scratch.several(len(run), "dx", source.channels, source.height, source.width)
+    users = [_any(flags, run[number :: len(places)]) for number in range(len(places))]
+    is_written = scratch.has_copies and len(places) == len(run)
+    if not is_written:
+        found += [
+            Combine((), NONE, Activation.none, place, 0, NONE, flag=flag)
+            for place, flag in zip(places, users, strict=True)
+        ]
+    return _Gathered(places, users, is_written)
 
 
-def _end_gather(staged: Staged, run: Sequence[Task], gradient: Map, flags: Flags, found: list[Any]) -> None:
+def _end_gather(
+    staged: Staged, run: Sequence[Task], gathered: _Gathered, flags: Flags, found: list[Any]
+) -> None:
     gather = run[0].gather
     assert gather is not None
+    gradient = gathered.places[0]
+    if len(gathered.places) > 1:
+        pairs = zip(gathered.places, gathered.flags, strict=True)
+        parts = tuple(Term(place, NONE, flag) for place, flag in pairs)
+        found.append(Combine(parts, NONE, Activation.none, gradient, 0, NONE, flag=_any(flags, run)))
     channels = staged.source.channels
     scale, shift = scale_and_shift(staged.vectors, channels)
     target = gather.target.map()

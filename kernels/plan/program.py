@@ -91,7 +91,7 @@ def _append(words: list[int], more: list[int]) -> int:
 def _operation(words: list[int], op: Any, kinds: dict[type, int]) -> int:
     own = [kinds[type(op)], op.flag]
     for name in _names(type(op)):
-        if name != "flag":
+        if name not in ("flag", "gradient_flag"):
             _write(words, own, getattr(op, name))
     return _append(words, own)
 

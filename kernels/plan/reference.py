@@ -183,23 +183,24 @@ def convolve_backward(state: State, step: ConvolveBackward) -> None:
     dd = dy
     if step.depthwise_taps and step.taps:
         d = _depthwise(state, step, step.y_height, step.y_width)
-        _add_gradient(state, step.gradient, torch.einsum("nhwi,nhwo->io", d, dy))
+        _add_gradient(state, step, step.gradient, torch.einsum("nhwi,nhwo->io", d, dy))
         dd = dy @ state.matrix(step.weights_transposed, outputs, inputs)
     state.view(step.padded).copy_(dd)
     for tap in step.depthwise_taps:
         window = _window(state, step.x, step.y_height, step.y_width, strides, tap, inputs)
-        _add_gradient(state, step.depthwise_gradient, (window * dd).sum((0, 1, 2)), tap.weight * inputs)
+        gradient = (window * dd).sum((0, 1, 2))
+        _add_gradient(state, step, step.depthwise_gradient, gradient, tap.weight * inputs)
     if not step.depthwise_taps:
         for tap in step.taps:
             window = _window(state, step.x, step.y_height, step.y_width, strides, tap, inputs)
             gradient = torch.einsum("nhwi,nhwo->io", window, dy)
-            _add_gradient(state, step.gradient, gradient, tap.weight * inputs * outputs)
+            _add_gradient(state, step, step.gradient, gradient, tap.weight * inputs * outputs)
     if step.needs_input:
         _input_gradient(state, step)
 
 
-def _add_gradient(state: State, at: int, value: Tensor, offset: int = 0) -> None:
-    if at != NONE:
+def _add_gradient(state: State, step: ConvolveBackward, at: int, value: Tensor, offset: int = 0) -> None:
+    if at != NONE and state.holds(step.gradient_flag):
         state.gradients[at + offset : at + offset + value.numel()] += value.flatten()
 
 

@@ -199,6 +199,9 @@ class ConvolveBackward:
     for every grid, for its pixels, sum over the grid's taps of weights * padded. `weights_transposed`
     [tap][y.channels][x.channels]. depthwise_gradient [tap][x.channels] and gradient
     [tap][x.channels][y.channels] are offsets in the chunk's gradients, or NONE where not needed.
+
+    `gradient_flag`: the flag without which the gradients of the weights are left out; always NONE in programs
+    for the CPU, where two steps stand for the two cases, and not written down by `encode`.
     """
 
     x: Map
@@ -221,6 +224,7 @@ class ConvolveBackward:
     depthwise_gradient: int
     gradient: int
     flag: int = NONE
+    gradient_flag: int = NONE
 
 
 @dataclass(frozen=True, slots=True)

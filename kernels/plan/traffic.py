@@ -1,4 +1,4 @@
-"""Bytes that the steps of a plan have to move at least, and their FLOPs."""
+"""Bytes that the steps of a plan have to move at least, their FLOPs, and the launches on a GPU."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ from nascompile.kernels.plan.steps import (
     Term,
     Unstage,
 )
+from nascompile.kernels.plan.triton_table import lower
 
 
 @dataclass(slots=True)
 class Traffic:
-    """What a kernel does in all its launches; a map counts once for each that reads or writes it."""
+    """What a kernel does in all its launches; a map counts once for each record that reads or writes it."""
 
     launches: int = 0
     bytes: int = 0
@@ -45,19 +46,22 @@ class Traffic:
 
 
 def count(program: Program) -> dict[str, Traffic]:
-    """By the kernel's name; without barrier operations and the sums of partial sums, which are small."""
+    """By the kernel's name, on a GPU; of barrier operations and the sums of partial sums, which are small,
+    launches only. ValueError where a GPU cannot carry out the program."""
     found: defaultdict[str, Traffic] = defaultdict(Traffic)
+    for launch in lower(program).launches:
+        found[launch.kernel] += Traffic(1)
     for phase in program.phases:
         for step in phase.steps:
-            for kernel, floats, flops in _launches(step):
-                found[kernel] += Traffic(1, 4 * program.images * floats, program.images * flops)
+            for kernel, floats, flops in _parts(step):
+                found[kernel] += Traffic(0, 4 * program.images * floats, program.images * flops)
     return dict(found)
 
 
 def cost(operation: Any) -> tuple[int, int]:
     """FLOPs and bytes of one step for one image; nothing for barrier operations, which are small."""
-    launches = _launches(operation) if isinstance(operation, STEPS) else []
-    return sum(flops for _, _, flops in launches), 4 * sum(floats for _, floats, _ in launches)
+    parts = _parts(operation) if isinstance(operation, STEPS) else []
+    return sum(flops for _, _, flops in parts), 4 * sum(floats for _, floats, _ in parts)
 
 
 def memory(operation: Any) -> int:
@@ -77,7 +81,7 @@ def _size(place: Map) -> int:
     return place.height * place.width * place.channels
 
 
-def _launches(step: Any) -> list[tuple[str, int, int]]:
+def _parts(step: Any) -> list[tuple[str, int, int]]:
     """(kernel, floats, FLOPs) for one image."""
     if isinstance(step, Load):
         return [("load", (2 + step.adds) * _size(step.target), 0)]
@@ -137,5 +141,5 @@ def _convolve_backward(step: ConvolveBackward) -> list[tuple[str, int, int]]:
         found.append(("depthwise_gradient", x + middle, spatial))
     if step.needs_input:
         kernel = "depthwise" if step.depthwise_taps else "dense"
-        found.append((kernel, middle + 2 * x, spatial if step.depthwise_taps else dense))
+        found.append((kernel, middle + (1 + step.adds) * x, spatial if step.depthwise_taps else dense))
     return found

@@ -60,7 +60,8 @@ def gate_gradient_kernel(
     """Record: flag, gradient, image, target. One program goes over the pixels of one image."""
     step = record_of(table_ptr, first)
     gradient, image, target = step + 1, step + 9, step + 17
-    if is_on(flags_ptr, tl.load(step)) == 0:
+    outside = tl.program_id(1) * BLOCK_C >= tl.load(target + 5).to(tl.int32)
+    if outside | (is_on(flags_ptr, tl.load(step)) == 0):
         return
     channel = channels_of(BLOCK_C)
     width = tl.load(image + 7).to(tl.int32)

@@ -5,11 +5,12 @@ of a phase has a part of work memory for them, and launches at the end of the ph
 order.
 The barrier operations of a phase are carried out kind by kind, many in one launch: none reads what an
 operation of a later kind writes. Those that write the same place go to different launches, in order.
+Steps become jobs, and those that do not wait for one another go into one launch (triton_schedule.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,6 @@ from nascompile.kernels.plan.program import Phase, Program, aligned
 from nascompile.kernels.plan.steps import (
     NONE,
     Coefficients,
-    ConvolveBackward,
     DecisionGradient,
     Map,
     Normalise,
@@ -25,23 +25,28 @@ from nascompile.kernels.plan.steps import (
     PackDense,
     PackDepthwise,
     Step,
+    Tap,
     UnpackDense,
     UnpackDepthwise,
 )
+from nascompile.kernels.plan.triton_areas import Area, map_area
 from nascompile.kernels.plan.triton_blocks import SMALLEST, Block, add_up_block, barrier_block
 from nascompile.kernels.plan.triton_records import Table, rounds, written_by
+from nascompile.kernels.plan.triton_schedule import Job, schedule
 
 ORDER = (
     *(PackDepthwise, PackDense, Normalise, Coefficients),
     *(NormaliseBackward, UnpackDepthwise, UnpackDense, DecisionGradient),
 )
 """The kinds of barrier operations, in an order in which those of one phase may be carried out."""
+PLACES = 1 << 24
+"""Floats of work memory that the gradients of a phase may take for themselves."""
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """A kernel, its block sizes, its grid, and where the list of its records begins. `names`: the steps'
-    kinds."""
+    """A kernel, its block sizes, its grid, and where the list of its records begins. `name`: what they are
+    for."""
 
     kernel: str
     block: Block
@@ -75,6 +80,25 @@ class Entry:
     is_sums: bool
 
 
+class Places:
+    """Memory for the gradients of a phase: each has a place of its own until `PLACES` floats are taken, then
+    they take turns."""
+
+    def __init__(self, take: Callable[[int], int]) -> None:
+        self._take = take
+        self._known: list[tuple[int, int]] = []
+
+    def take(self, floats: int) -> int:
+        fitting = [place for place in self._known if place[1] >= floats]
+        if fitting and sum(size for _, size in self._known) + floats > PLACES:
+            # the one taken longest ago
+            self._known.remove(fitting[0])
+            self._known.append(fitting[0])
+            return fitting[0][0]
+        self._known.append((self._take(floats), floats))
+        return self._known[-1][0]
+
+
 class Launches:
     """The launches of a program so far. Steps are lowered by `lower_step`, which is not known here."""
 
@@ -85,15 +109,10 @@ class Launches:
         scratch, scratch_image = self.gradients + aligned(program.gradients), aligned(program.scratch)
         self.table = Table(self.gradients, scratch, scratch_image)
         self.zeroed = scratch + self.images * scratch_image
-        fused = [
-            step.y_height * step.y_width * step.y_channels
-            for phase in program.phases
-            for step in phase.steps
-            if isinstance(step, ConvolveBackward) and step.depthwise_taps and step.taps
-        ]
-        self.partials = self.zeroed + aligned(self.images * max(fused, default=0))
-        self.top = self.next = self.partials
+        self.top = self.next = self.zeroed
+        self.places = Places(self.take)
         self.entries: list[Entry] = []
+        self.jobs: list[Job] = []
 
     def launch(
         self, kernel: str, block: Block, grid: tuple[int, int], records: Sequence[Sequence[int]], name: str
@@ -101,9 +120,30 @@ class Launches:
         first = self.table.add([self.table.add(record) for record in records])
         self.launches.append(Launch(kernel, block, (*grid, len(records)), first, name))
 
-    def over(self, kernel: str, place: Map, block: Block, record: Sequence[int], name: str) -> None:
-        """Launch a kernel over the pixels and channels of a map."""
-        self.launch(kernel, block, self.grid(place, block), [record], name)
+    def launch_together(self, jobs: Sequence[Job]) -> None:
+        """One launch for jobs of one key, as large as the largest: kernels leave where a record has nothing
+        to do."""
+        grid = max(job.grid[0] for job in jobs), max(job.grid[1] for job in jobs)
+        names = ", ".join(dict.fromkeys(job.name for job in jobs))
+        records = [record for job in jobs for record in job.records]
+        self.launch(jobs[0].kernel, jobs[0].block, grid, records, names)
+
+    def over(
+        self,
+        kernel: str,
+        place: Map,
+        block: Block,
+        record: Sequence[int],
+        name: str,
+        reads: Sequence[Area],
+        writes: Sequence[Area] | None = None,
+    ) -> None:
+        """A kernel over the pixels and channels of a map, which it writes unless `writes` says otherwise."""
+        writes = [self.area(place)] if writes is None else writes
+        self.jobs.append(Job(kernel, block, self.grid(place, block), [record], name, reads, writes))
+
+    def area(self, place: Map, taps: Sequence[Tap] = ()) -> Area:
+        return map_area(place, self.images, taps)
 
     def grid(self, place: Map, block: Block) -> tuple[int, int]:
         pixels = self.images * place.height * place.width
@@ -120,9 +160,13 @@ class Launches:
             ops = [op for op in phase.barriers if type(op) is kind]
             for together in rounds(ops, written_by):
                 self.barrier(kind, together)
-        self.next = self.partials
+        self.next = self.zeroed
+        self.places = Places(self.take)
         for step in phase.steps:
             self.lower_step(step)
+        for jobs in schedule(self.jobs):
+            self.launch_together(jobs)
+        self.jobs = []
         for entries in rounds(self.entries, _target):
             for is_sums in (True, False):
                 self.add_up([entry for entry in entries if entry.is_sums == is_sums], is_sums)
@@ -140,13 +184,13 @@ class Launches:
     def sums(self, flag: int, rows: int, width: int, targets: Sequence[tuple[int, int, int, int]]) -> int:
         """Work memory for `rows` rows of `width` partial sums, in doubles from its begin; targets: (another
         flag, column, columns, offset in the sums)."""
-        at = self.partial_sums(2 * rows * width) // 2
+        at = self.take(2 * rows * width) // 2
         for other, column, columns, target in targets:
             self.entries.append(Entry((flag, other), at + column, rows, width, columns, target, True))
         return at
 
-    def partial_sums(self, floats: int) -> int:
-        """Work memory for partial sums of this phase."""
+    def take(self, floats: int) -> int:
+        """Work memory of this phase, for partial sums and what else it keeps."""
         at = self.next
         self.next += aligned(floats)
         self.top = max(self.top, self.next)

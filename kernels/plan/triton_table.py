@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from nascompile.kernels.plan.program import Program
@@ -15,26 +15,21 @@ from nascompile.kernels.plan.steps import (
     Gate,
     GateGradient,
     Load,
-    Map,
     Mask,
     Pick,
     Pool,
     PoolBackward,
     Reduce,
-    Space,
     Stage,
     Step,
     Store,
-    Tap,
     Unstage,
 )
-from nascompile.kernels.plan.triton_blocks import (
-    SMALLEST,
-    block_of,
-    dense_block,
-    gradient_block,
-)
-from nascompile.kernels.plan.triton_launches import Entry, Launches, Lowered
+from nascompile.kernels.plan.triton_areas import Area, block_area, sum_areas, vectors, whole
+from nascompile.kernels.plan.triton_blocks import SMALLEST, block_of
+from nascompile.kernels.plan.triton_convolutions import Convolutions
+from nascompile.kernels.plan.triton_launches import Lowered
+from nascompile.kernels.plan.triton_schedule import Job
 
 
 def why_not(program: Program) -> str | None:
@@ -55,7 +50,7 @@ def lower(program: Program) -> Lowered:
     return Lowered(tuple(lowering.launches), lowering.table.words, lowering.zeroed, lowering.top)
 
 
-class _Lowering(Launches):
+class _Lowering(Convolutions):
     def lower_step(self, step: Step) -> None:
         _STEPS[type(step)](self, step)
 
@@ -66,19 +61,24 @@ class _Lowering(Launches):
         place = step.target if is_load else step.source
         record = [step.flag, step.tensor, step.stride_n, step.stride_c, step.stride_h, step.stride_w]
         record += [*self.table.segments(step.segments), step.adds if is_load else 0, *self.table.map(place)]
-        kernel = "load" if is_load else "store"
-        self.over(kernel, place, block_of(place.channels), record, kernel)
+        kernel, tensor = "load" if is_load else "store", whole(step.tensor)
+        reads, writes = ([tensor], None) if is_load else ([self.area(place)], [tensor])
+        self.over(kernel, place, block_of(place.channels), record, kernel, reads, writes)
 
     def stage(self, step: Stage) -> None:
         record = [step.flag, *self.table.map(step.source), step.scale, step.shift, step.activation]
         record += self.table.map(step.target)
-        self.over("stage", step.target, block_of(step.target.channels), record, "stage")
+        channels = step.target.channels
+        reads = [self.area(step.source), *vectors(channels, step.scale, step.shift)]
+        self.over("stage", step.target, block_of(channels), record, "stage", reads)
 
     def combine(self, step: Combine, name: str = "combine") -> None:
-        block = block_of(step.target.channels)
+        channels = step.target.channels
+        block = block_of(channels)
         record = [step.flag, *self.table.map(step.target), *self.table.terms(step.terms), step.constant]
         record += [step.activation, step.adds, self.moments(step, step.target, block)]
-        self.over("combine", step.target, block, record, name)
+        reads = sum_areas(step.terms, step.constant, self.images, channels)
+        self.over("combine", step.target, block, record, name, reads)
 
     def reduce(self, step: Reduce) -> None:
         place, channels = step.gradient, step.gradient.channels
@@ -94,7 +94,9 @@ class _Lowering(Launches):
             int(step.total != NONE),
             at,
         ]
-        self.over("reduce", place, block, record, "reduce")
+        # a term's coefficient stands for where its sum goes
+        reads = [self.area(place), *(self.area(term.map) for term in step.terms)]
+        self.over("reduce", place, block, record, "reduce", reads, ())
 
     def unstage(self, step: Unstage) -> None:
         block = block_of(step.target.channels)
@@ -107,17 +109,21 @@ class _Lowering(Launches):
         ]
         record += [step.activation, *self.table.map(step.target), step.adds]
         record.append(self.moments(step, step.target, block))
-        self.over("unstage", step.target, block, record, "unstage")
+        reads = [self.area(step.gradient), self.area(step.source)]
+        reads += vectors(step.target.channels, step.scale, step.shift)
+        self.over("unstage", step.target, block, record, "unstage", reads)
 
     def mask(self, step: Mask) -> None:
         record = [step.flag, *self.table.map(step.gradient), *self.table.map(step.value), step.activation]
-        self.over("mask", step.gradient, block_of(step.gradient.channels), record, "mask")
+        block = block_of(step.gradient.channels)
+        self.over("mask", step.gradient, block, record, "mask", [self.area(step.value)])
 
     def pick(self, step: Pick) -> None:
         record = [step.flag, *self.table.map(step.source), *self.table.map(step.target)]
         record += [step.first_source, step.step_source, step.first_target, step.step_target]
         record += [step.count, step.adds]
-        self.over("pick", step.target, block_of(step.target.channels), record, "pick")
+        block = block_of(step.target.channels)
+        self.over("pick", step.target, block, record, "pick", [self.area(step.source)])
 
     def gate(self, step: Gate) -> None:
         block = block_of(step.target.channels)
@@ -127,14 +133,16 @@ class _Lowering(Launches):
             gate[3] = gate[4] = 0
         record = [step.flag, *self.table.map(step.image), *gate, *self.table.map(step.target), step.adds]
         record.append(self.moments(step, step.target, block))
-        self.over("gate", step.target, block, record, "gate")
+        reads = [self.area(step.image), self.area(step.gate)]
+        self.over("gate", step.target, block, record, "gate", reads)
 
     def gate_gradient(self, step: GateGradient) -> None:
         block = block_of(step.target.channels)
         record = [step.flag, *self.table.map(step.gradient), *self.table.map(step.image)]
         record += self.table.map(step.target)
         size = self.images, step.target.channels // block["BLOCK_C"]
-        self.launch("gate_gradient", block, size, [record], "gate gradient")
+        reads, writes = [self.area(step.gradient), self.area(step.image)], [self.area(step.target)]
+        self.jobs.append(Job("gate_gradient", block, size, [record], "gate gradient", reads, writes))
 
     # ---- pooling ----
 
@@ -144,11 +152,19 @@ class _Lowering(Launches):
             *(step.counts_padding, step.index, step.index_image),
         ]
 
+    def numbers(self, step: Pool | PoolBackward) -> list[Area]:
+        """Where the numbers of the maxima lie."""
+        if step.index == NONE:
+            return []
+        return [block_area("slab", step.index, self.images * step.index_image)]
+
     def pool(self, step: Pool) -> None:
         block = block_of(step.y.channels)
         record = [step.flag, *self.table.map(step.x), *self.table.map(step.y), *self.window(step)]
         record.append(self.moments(step, step.y, block))
-        self.over("pool", step.y, {**block, "IS_MAX": bool(step.is_max)}, record, "pool")
+        block["IS_MAX"] = bool(step.is_max)
+        writes = [self.area(step.y), *self.numbers(step)]
+        self.over("pool", step.y, block, record, "pool", [self.area(step.x)], writes)
 
     def pool_backward(self, step: PoolBackward) -> None:
         none = Activation.none
@@ -156,128 +172,8 @@ class _Lowering(Launches):
         self.combine(dy, "pool backward: dy")
         record = [step.flag, *self.table.map(step.tile), *self.table.map(step.dx), *self.window(step)]
         block = {**block_of(step.dx.channels), "IS_MAX": bool(step.is_max)}
-        self.over("pool_backward", step.dx, block, record, "pool backward: dx")
-
-    # ---- convolutions ----
-
-    def view(self, x: Map, strides: tuple[int, int]) -> list[int]:
-        """A map as the outputs of a convolution see it: `strides` pixels apart."""
-        words = self.table.map(x)
-        words[3] *= strides[0]
-        words[4] *= strides[1]
-        return words
-
-    def convolve(self, step: Convolve) -> None:
-        y = step.y
-        is_depthwise, is_dense = bool(step.depthwise_taps), bool(step.taps)
-        block = dense_block(y.channels) if is_dense else block_of(y.channels)
-        record = [step.flag, *self.view(step.x, (step.stride_h, step.stride_w)), *self.table.map(y)]
-        record += self.table.taps(step.depthwise_taps if is_depthwise else step.taps)
-        record += [step.depthwise_weights if is_depthwise else step.weights, 0]
-        record += [self.moments(step, y, block), step.weights]
-        kernel = "depthwise" if not is_dense else "separable" if is_depthwise else "dense"
-        self.over(kernel, y, block, record, f"convolve: {kernel}")
-
-    def convolve_backward(self, step: ConvolveBackward) -> None:
-        is_depthwise, is_dense = bool(step.depthwise_taps), bool(step.taps)
-        dy = dd = step.padded
-        if is_depthwise and is_dense:
-            # dd takes the padded image; dy goes behind scratch
-            channels, height, width = step.y_channels, step.y_height, step.y_width
-            row, image = width * channels, height * width * channels
-            dy = Map(Space.slab, self.zeroed, image, row, channels, channels, height, width)
-        dy_words = self.table.map(dy)
-        if dy is not dd:
-            dy_words[0] = 1
-        block = block_of(step.y_channels)
-        record = [
-            step.flag,
-            *dy_words,
-            *self.table.terms(step.terms),
-            step.constant,
-            Activation.none,
-            0,
-            NONE,
-        ]
-        self.over("combine", dy, block, record, "convolve backward: dy")
-        source = self.view(step.x, (step.stride_h, step.stride_w))
-        if is_dense and step.gradient != NONE:
-            self.dense_gradient(step, source, dy, dy_words)
-        if dy is not dd:
-            block = dense_block(dd.channels)
-            record = [step.flag, *dy_words, *self.table.map(dd), *self.table.taps((Tap(0, 0),))]
-            self.over(
-                "dense", dd, block, [*record, step.weights_transposed, 0, NONE], "convolve backward: dd"
-            )
-        if is_depthwise and step.depthwise_gradient != NONE:
-            self.depthwise_gradient(step, source, dd)
-        if step.needs_input:
-            self.input_gradient(step, dd)
-
-    def weights_sums(
-        self, step: ConvolveBackward, taps: Sequence[Tap], shares: int, size: int, at: int
-    ) -> int:
-        """Partial sums [share][tap][size] for the gradients of the taps' weights."""
-        partials, width = self.partial_sums(shares * len(taps) * size), len(taps) * size
-        if [tap.weight for tap in taps] == list(range(len(taps))):
-            goals = [(0, width, at)]
-        else:
-            goals = [(k * size, size, at + tap.weight * size) for k, tap in enumerate(taps)]
-        for column, columns, target in goals:
-            flags = (step.flag, NONE)
-            self.entries.append(Entry(flags, partials + column, shares, width, columns, target, False))
-        return partials
-
-    def dense_gradient(self, step: ConvolveBackward, source: list[int], dy: Map, dy_words: list[int]) -> None:
-        inputs, outputs = step.x.channels, step.y_channels
-        block = {**gradient_block(outputs, inputs), "DEPTHWISE": bool(step.depthwise_taps)}
-        taps = (Tap(0, 0),) if step.depthwise_taps else step.taps
-        blocks = len(taps) * (inputs // block["BLOCK_I"]) * (outputs // block["BLOCK_C"])
-        tiles = self.grid(dy, block)[0]
-        size = len(taps) * inputs * outputs
-        shares = max(1, min(tiles, -(-512 // blocks), (1 << 22) // size))
-        at = self.weights_sums(step, taps, shares, inputs * outputs, step.gradient)
-        record = [step.flag, *source, *dy_words, *self.table.taps(step.depthwise_taps or step.taps)]
-        record += [step.depthwise_weights, shares, at]
-        self.launch("dense_gradient", block, (shares, blocks), [record], "convolve backward: dense gradient")
-
-    def depthwise_gradient(self, step: ConvolveBackward, source: list[int], dd: Map) -> None:
-        taps, channels = step.depthwise_taps, dd.channels
-        block = block_of(channels)
-        at = self.weights_sums(step, taps, self.grid(dd, block)[0], channels, step.depthwise_gradient)
-        record = [step.flag, *source, *self.table.map(dd), *self.table.taps(taps), NONE, 0, at]
-        self.over("depthwise_gradient", dd, block, record, "convolve backward: depthwise gradient")
-
-    def input_gradient(self, step: ConvolveBackward, dd: Map) -> None:
-        dx = step.dx
-        if not step.adds:
-            self.combine(Combine((), NONE, Activation.none, dx, 0, NONE, flag=step.flag), "clear")
-        is_depthwise = bool(step.depthwise_taps)
-        block = block_of(dx.channels) if is_depthwise else dense_block(dx.channels)
-        weights = step.depthwise_weights if is_depthwise else step.weights_transposed
-        records, grids = [], [(0, 0)]
-        for grid in step.grids:
-            if not grid.taps or not grid.rows or not grid.columns:
-                continue
-            part = Map(
-                *(dx.space, dx.offset + grid.top * dx.row + grid.left * dx.pixel, dx.image),
-                *(dx.row * grid.step_h, dx.pixel * grid.step_w, dx.channels, grid.rows, grid.columns),
-            )
-            record = [
-                step.flag,
-                *self.table.map(dd),
-                *self.table.map(part),
-                *self.table.taps(grid.taps),
-                weights,
-                1,
-                NONE,
-            ]
-            records.append(record)
-            grids.append(self.grid(part, block))
-        if records:
-            size = max(x for x, _ in grids), max(y for _, y in grids)
-            kernel = "depthwise" if is_depthwise else "dense"
-            self.launch(kernel, block, size, records, "convolve backward: dx")
+        reads = [self.area(step.tile), *self.numbers(step)]
+        self.over("pool_backward", step.dx, block, record, "pool backward: dx", reads)
 
 
 _STEPS: dict[type, Callable[[_Lowering, Any], None]] = {

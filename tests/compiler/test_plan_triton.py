@@ -5,6 +5,7 @@ tests/kernels/test_other_processes.py runs these tests in the interpreter; elsew
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,13 +15,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from nascompile.compiler.region import region, selftest
+import nascompile
+from nascompile.compiler.region import region, scratch, selftest
 from nascompile.compiler.region.executors import TRITON
 from nascompile.kernels.plan import cuda
 from nascompile.kernels.plan.program import Program
 from nascompile.kernels.plan.run import prepared
 from nascompile.kernels.plan.steps import ConvolveBackward
 
+# the interpreter computes in NumPy, which says what it meets; a warning in a plan sends the model op by op
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
 
 
@@ -40,9 +44,31 @@ def plans_in_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(region, "EXECUTORS", (here,))
 
 
-@pytest.mark.parametrize("channels", [5, 16])
-def test_a_region_equals_the_network(channels: int) -> None:
-    assert selftest.problems(DEVICE, channels, size=6) == []
+@pytest.mark.parametrize("copies", [scratch.COPIES, 1 << 13], ids=["own images", "few images"])
+def test_a_region_equals_the_network(monkeypatch: pytest.MonkeyPatch, copies: int) -> None:
+    monkeypatch.setattr(scratch, "COPIES", copies)
+    assert selftest.problems(DEVICE, 5, size=6) == []
+
+
+def test_wider_blocks() -> None:
+    assert selftest.problems(DEVICE, 16, 4, selftest.DECISIONS[:2]) == []
+
+
+def test_the_gradients_of_an_input_alone() -> None:
+    torch.manual_seed(0)
+    exact = selftest.Specimen(5).double()
+    network = copy.deepcopy(exact).float().to(DEVICE)
+    mutators, model = (selftest.Given(network), selftest.Given(exact)), nascompile.compile(network)
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    found = []
+    for one, mutator, image in ((model, mutators[0], x.float().to(DEVICE)), (exact, mutators[1], x)):
+        masks = {key: torch.tensor(mask) for key, mask in selftest.DECISIONS[0].items()}
+        mutator.decide({key: mask.to(image) for key, mask in masks.items()})
+        image.requires_grad_()
+        # the parameters want gradients, but not now
+        found += torch.autograd.grad(one(image).square().sum(), image)
+    torch.testing.assert_close(found[0].cpu().double(), found[1], rtol=1e-4, atol=1e-4)
+    assert model.plans, model.notes
 
 
 @pytest.mark.parametrize("is_backward", [False, True])
@@ -57,4 +83,4 @@ def test_what_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch, is_backward: bo
 
     here = replace(TRITON, device=DEVICE.type, run=off, why_not=cuda.why_not)
     monkeypatch.setattr(region, "EXECUTORS", (here,))
-    assert selftest.problems(DEVICE, 5, size=6)
+    assert selftest.problems(DEVICE, 5, 6, selftest.DECISIONS[:1])
