@@ -205,7 +205,7 @@ class Execution:
 
         def find() -> tuple[Tensor, list[bool]]:
             values = self.plan.flags.evaluate(chosen)
-            return as_tensor(values).to(self.options["device"], non_blocking=True), values
+            return as_tensor(values), values
 
         return remembered(self._flags, chosen, find)
 

@@ -1,15 +1,15 @@
 """Carries out programs on a GPU with Triton kernels: everything on the current stream, nothing waits for the
 host.
 
-Static shapes and addresses, so a run can be captured into a CUDA graph. Flags are a tensor on the device: a
-captured graph serves every decision whose flags, decision tensor and input are copied into the captured
-tensors.
+Static shapes and addresses, so a run can be captured into a CUDA graph: it serves every decision with the
+same flags. What the flags leave out is not launched.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -27,6 +27,7 @@ LANE = SMALLEST
 """What channels are padded to on a GPU."""
 _RESERVE = 8  # captures that a prepared program serves
 _KNOWN = 16  # sets of addresses whose tables are kept
+_DECISIONS = 32  # states of the flags that are remembered
 
 
 def why_not(device: torch.device) -> str | None:
@@ -59,8 +60,19 @@ def exact_products() -> Iterator[None]:
         _EXACT.pop()
 
 
+@dataclass(frozen=True, slots=True)
+class Under:
+    """What is launched under a state of the flags: on the device the flags and the table, which lists the
+    records that take part."""
+
+    flags: Tensor
+    table: Tensor
+    calls: list[Callable[[tuple[Tensor, ...], int], None]]
+
+
 class Prepared:
-    """A program on a device: its table, its launches, and the addresses of the tensors of the last runs."""
+    """A program on a device: its table, its launches by the state of its flags, and the addresses of the
+    tensors of the last runs."""
 
     def __init__(self, program: Program, device: torch.device, precision: str) -> None:
         lowered = lower(program)
@@ -69,28 +81,57 @@ class Prepared:
         # a launch's record list is never empty; an empty table would have no address
         self._table = torch.tensor(lowered.words or [0], dtype=torch.int64, device="cpu").to(device)
         self.launches = lowered.launches
-        self._calls = [_bind(launch, precision) for launch in lowered.launches]
+        self._under: dict[bytes, Under] = {}
         self._tables: dict[tuple[int, ...], Tensor] = {}
         self._reserve: list[tuple[Tensor, Tensor]] = []
         self._captured: list[tuple[Tensor, Tensor]] = []
 
     def run(self, slab: Tensor, work: Tensor, flags: Tensor, tensors: Sequence[Tensor]) -> None:
-        """Carry out the program in place; all tensors on its device, fp32 but counters (int64) and flags
-        (uint8).
+        """Carry out the program in place; all tensors on its device, fp32 but counters (int64); flags (uint8)
+        on the CPU.
 
         `slab` and `work` (of at least `self.work` floats) begin at multiples of 64 bytes.
         """
         self._check(slab, work, flags)
         captures = capturing.is_capturing(self.device)
-        addresses = self._addresses(tensors, captures)
+        under, addresses = self.under(flags), self._addresses(tensors, captures)
         if captures:
             # a graph reads their memory whenever it is replayed
-            capturing.hold(self, flags, addresses)
+            capturing.hold(self, under, addresses)
         work[: self._zeroed].zero_()
-        arguments = (slab, work, self._table, flags, addresses)
+        arguments = (slab, work, under.table, under.flags, addresses)
         with torch.cuda.device(self.device) if slab.is_cuda else nullcontext():
-            for call in self._calls:
+            for call in under.calls:
                 call(arguments, self.program.images)
+
+    def under(self, flags: Tensor) -> Under:
+        """What is launched under these flags."""
+        key = bytes(flags.numpy())
+        found = self._under.pop(key, None)
+        if found is None:
+            if capturing.is_capturing(self.device):
+                raise RuntimeError("run the program once under this decision before it is captured")
+            if len(self._under) >= _DECISIONS:
+                del self._under[next(iter(self._under))]
+            found = self._find(flags)
+        self._under[key] = found
+        return found
+
+    def _find(self, flags: Tensor) -> Under:
+        holds, lists, calls = flags.tolist(), list[int](), []
+        for launch in self.launches:
+            there = [at for at, own in launch.records if all(flag < 0 or holds[flag] for flag in own)]
+            if not there:
+                continue
+            first = launch.first
+            if len(there) < len(launch.records):
+                first = self._table.numel() + len(lists)
+                lists += there
+            calls.append(_bind(launch, first, len(there), self.precision))
+        table = self._table
+        if lists:
+            table = torch.cat([table, torch.tensor(lists, dtype=torch.int64, device="cpu").to(self.device)])
+        return Under(flags.to(self.device), table, calls)
 
     def _check(self, slab: Tensor, work: Tensor, flags: Tensor) -> None:
         for name, tensor in (("slab", slab), ("work", work)):
@@ -98,11 +139,11 @@ class Prepared:
                 raise RuntimeError(f"{name} must be fp32, contiguous, and begin at a multiple of 64 bytes")
         if work.numel() < self.work:
             raise RuntimeError(f"work has {work.numel()} floats, the program needs {self.work}")
-        for name, tensor in (("slab", slab), ("work", work), ("flags", flags)):
+        for name, tensor in (("slab", slab), ("work", work)):
             if tensor.device.type != self.device.type:
                 raise RuntimeError(f"{name} is on {tensor.device}, the program on {self.device}")
-        if flags.dtype != torch.uint8:
-            raise RuntimeError(f"flags are {flags.dtype}, not uint8")
+        if flags.dtype != torch.uint8 or flags.device.type != "cpu":
+            raise RuntimeError(f"flags are {flags.dtype} on {flags.device}, not uint8 on the CPU")
 
     def _addresses(self, tensors: Sequence[Tensor], captures: bool) -> Tensor:
         """The tensors' addresses on the device."""
@@ -145,16 +186,18 @@ def prepare(program: Program, device: torch.device, precision: str | None = None
     return Prepared(program, device, precision or default_precision())
 
 
-def _bind(launch: Launch, precision: str) -> Callable[[tuple[Tensor, ...], int], None]:
+def _bind(
+    launch: Launch, first: int, records: int, precision: str
+) -> Callable[[tuple[Tensor, ...], int], None]:
     function, names = kernels()[launch.kernel]
     options: dict[str, Any] = dict(launch.block)
     if "PRECISION" in names:
         options["PRECISION"] = precision
     # Any: a decorated kernel is typed without the options of its launch
-    kernel: Any = function[launch.grid]
+    kernel: Any = function[(*launch.grid[:2], records)]
 
     def call(arguments: tuple[Tensor, ...], images: int) -> None:
-        kernel(*arguments, launch.first, images, **options)
+        kernel(*arguments, first, images, **options)
 
     return call
 

@@ -37,8 +37,9 @@ def run(
     """Carry out `program` on its memory, in place, on the slab's device.
 
     encoded: `encode(program)`, on the CPU. slab: fp32, work: fp32 of at least `work_size` elements, both
-    contiguous and 64-byte aligned. flags: uint8. tensors: what steps and barrier operations number; fp32,
-    counters int64; all on one device. RuntimeError without the extension or where memory does not fit.
+    contiguous and 64-byte aligned. flags: uint8, on the CPU. tensors: what steps and barrier operations
+    number; fp32, counters int64; all but the flags on one device. RuntimeError without the extension or where
+    memory does not fit.
     """
     ready = prepared(program, encoded, slab.device) if slab.is_cuda else _prepared_for_cpu(encoded)
     ready.run(slab, work, flags, tensors)

@@ -46,13 +46,14 @@ PLACES = 1 << 24
 @dataclass(frozen=True, slots=True)
 class Launch:
     """A kernel, its block sizes, its grid, and where the list of its records begins. `name`: what they are
-    for."""
+    for. `records`: where each lies, and the flags that have to hold for it."""
 
     kernel: str
     block: Block
     grid: tuple[int, int, int]
     first: int
     name: str
+    records: tuple[tuple[int, tuple[int, ...]], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +118,13 @@ class Launches:
     def launch(
         self, kernel: str, block: Block, grid: tuple[int, int], records: Sequence[Sequence[int]], name: str
     ) -> None:
-        first = self.table.add([self.table.add(record) for record in records])
-        self.launches.append(Launch(kernel, block, (*grid, len(records)), first, name))
+        places = [self.table.add(record) for record in records]
+        # every record begins with its flag, and that of a sum of partial sums with two
+        count = 2 if kernel == "add_up" else 1
+        found = tuple((at, tuple(record[:count])) for at, record in zip(places, records, strict=True))
+        self.launches.append(
+            Launch(kernel, block, (*grid, len(records)), self.table.add(places), name, found)
+        )
 
     def launch_together(self, jobs: Sequence[Job]) -> None:
         """One launch for jobs of one key, as large as the largest: kernels leave where a record has nothing

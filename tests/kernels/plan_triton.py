@@ -81,7 +81,7 @@ def _run(memory: Memory, program: Program, flags: Tensor) -> tuple[Tensor, Tenso
     prepared = cuda.prepare(program, DEVICE, "ieee")
     work, slab = empty(prepared.work).to(DEVICE), memory.slab.to(DEVICE)
     tensors = [tensor.to(DEVICE) for tensor in memory.tensors]
-    prepared.run(slab, work, flags.to(DEVICE), tensors)
+    prepared.run(slab, work, flags, tensors)
     return work, slab, tensors
 
 

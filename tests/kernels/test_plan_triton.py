@@ -291,7 +291,7 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="multiple of 8, the kernels need 16"):
         cuda.prepare(replace(program, lane=8), DEVICE)
     prepared = cuda.prepare(memory.program(Phase((), Made(CASES[0]).forward)), DEVICE)
-    flags = torch.zeros(1, dtype=torch.uint8, device=DEVICE)
+    flags = torch.zeros(1, dtype=torch.uint8)
     slab = memory.slab.to(DEVICE)
     with pytest.raises(RuntimeError, match="work has 16 floats"):
         prepared.run(slab, empty(16).to(DEVICE), flags, [])

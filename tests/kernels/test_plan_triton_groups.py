@@ -53,7 +53,7 @@ def carried_out(memory: Memory, program: Program) -> list[Tensor]:
     """Slab, sums and gradients afterwards, as whole numbers: nan equals nan."""
     prepared = cuda.prepare(program, DEVICE, "ieee")
     work, slab = empty(prepared.work).to(DEVICE), memory.slab.to(DEVICE).clone()
-    flags = torch.tensor([*memory.flags, 0], dtype=torch.uint8, device=DEVICE)
+    flags = torch.tensor([*memory.flags, 0], dtype=torch.uint8)
     prepared.run(slab, work, flags, [])
     summed = work[: 2 * memory.sums + 16 + memory.gradients]
     return [tensor.view(torch.int32).cpu() for tensor in (slab, summed)]
