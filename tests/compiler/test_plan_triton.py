@@ -155,8 +155,8 @@ def close(found: Tensor, expected: Tensor, name: str) -> None:
 
 @pytest.fixture(params=[1 << 28, 1 << 13], ids=["own images", "few images"])
 def planned_for(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
-    """Plans are made for a GPU, wherever they run: on a CPU the gradients of weights take turns in memory that
-    unpacking clears. Their scratch memory has room for an image of each user, or for few."""
+    """Plans are made for a GPU, wherever they run: on a CPU the gradients of weights take turns in memory
+    that unpacking clears. Their scratch memory has room for an image of each user, or for few."""
     build, made = region.build, []
     monkeypatch.setattr(scratch, "COPIES", request.param)
 

@@ -80,6 +80,7 @@ def some_step(rng: random.Random, memory: Memory, places: list[Map], scratch: li
     terms = tuple(Term(place, memory.random(32), rng.choice([NONE, 0])) for place in (a, b))
     padded = rng.choice(scratch)
     taps = tuple(Tap(i * padded.row + j * padded.pixel, 0) for i in (-1, 0, 1) for j in (-1, 1))
+    back: Any = PoolBackward
     window: Any = (1, 3, 3, 1, 1, 1, 1, 0, NONE, NONE)
     single = memory.filled(32, (1, 1))
     made: list[Any] = [
@@ -95,7 +96,7 @@ def some_step(rng: random.Random, memory: Memory, places: list[Map], scratch: li
         Gate(a, single, b, adds, sums),
         GateGradient(a, b, single),
         Pool(a, c, *window, sums),
-        PoolBackward(terms[:1], NONE, scratch[-1], d, *(0, *window[1:])),
+        back(terms[:1], NONE, scratch[-1], d, 0, *window[1:]),
     ]
     return replace(rng.choice(made), flag=flag)
 
@@ -105,7 +106,8 @@ def test_random_steps(seed, monkeypatch):
     torch.manual_seed(seed)
     rng = random.Random(seed)
     memory = Memory(images=2)
-    memory.flag(0), memory.flag(1)
+    for value in (0, 1):
+        memory.flag(value)
     wide = memory.filled(96, SIZE)
     thirds = [replace(wide, offset=wide.offset + at, channels=32) for at in (0, 32, 64)]
     places = [*thirds, *(memory.filled(32, SIZE) for _ in range(3))]
