@@ -19,8 +19,8 @@ PLANS = (
     ("tests/kernels/test_plan_triton.py", 40),
     ("tests/kernels/test_plan_triton_barriers.py", 9),
     ("tests/kernels/test_plan_triton_sums.py", 39),
-    ("tests/kernels/test_plan_triton_groups.py", 19),
     ("tests/kernels/test_plan_triton_flags.py", 2),
+    ("tests/kernels/test_plan_triton_groups.py", 25),
     ("tests/compiler/test_plan_triton.py", 6),
 )
 CUDA_SOURCES = sorted(path.relative_to(ROOT) for path in (ROOT / "csrc" / "cuda").glob("*.cu"))

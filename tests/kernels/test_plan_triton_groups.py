@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,6 +36,8 @@ from nascompile.kernels.plan.steps import (
     Term,
     Unstage,
 )
+from nascompile.kernels.plan.triton_areas import Area
+from nascompile.kernels.plan.triton_schedule import Job
 from tests.kernels import test_plan_convolve
 from tests.kernels.plan_memory import Memory, empty
 from tests.kernels.plan_triton import DEVICE, compare_steps, wide_lanes
@@ -101,21 +104,72 @@ def some_step(rng: random.Random, memory: Memory, places: list[Map], scratch: li
     return replace(rng.choice(made), flag=flag)
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_random_steps(seed, monkeypatch):
+def random_steps(seed: int) -> tuple[Memory, list[Any]]:
+    """Memory, and steps that use its maps again and again."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     memory = Memory(images=2)
-    memory.flag(0), memory.flag(1)
+    for value in (0, 1):
+        memory.flag(value)
     wide = memory.filled(96, SIZE)
     thirds = [replace(wide, offset=wide.offset + at, channels=32) for at in (0, 32, 64)]
     places = [*thirds, *(memory.filled(32, SIZE) for _ in range(3))]
     scratch = [memory.map(32, SIZE, margin=2, scratch=True) for _ in range(2)]
     scratch.append(memory.map(32, SIZE, scratch=True))
     first = [Stage(places[0], NONE, NONE, Activation.none, place) for place in scratch]
-    steps = [*first, *(some_step(rng, memory, places, scratch) for _ in range(28))]
+    return memory, [*first, *(some_step(rng, memory, places, scratch) for _ in range(28))]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_steps(seed, monkeypatch):
+    memory, steps = random_steps(seed)
     count, most = compare_with_one_by_one(memory, steps, monkeypatch)
     assert count < most
+
+
+def floats_in(areas: Sequence[Area], name: str, floats: int) -> Tensor:
+    """Which of so many floats of a memory are in one of the areas."""
+    found = torch.zeros(floats, dtype=torch.bool)
+    for area in areas:
+        if area.memory == name:
+            at = torch.arange(area.begin, min(area.end, floats))
+            found[at if not area.step else at[(at - area.first) % area.step < area.count]] = True
+    return found
+
+
+def masks(memory: Memory, zeroed: int, work: int, areas: Sequence[Area]) -> list[Tensor]:
+    """Which floats of slab and work memory are in the areas; every image has scratch of its own."""
+    image = -(-memory.scratch // 16) * 16
+    found = floats_in(areas, "work", work)
+    for n in range(memory.images):
+        start = zeroed - (memory.images - n) * image
+        found[start : start + image] |= floats_in(areas, "scratch", image)
+    return [floats_in(areas, "slab", memory.slab.numel()), found]
+
+
+def check_areas(memory: Memory, steps: list[Any], patch: pytest.MonkeyPatch) -> None:
+    """Every record alone: it changes only what it says, and depends only on what it says."""
+    jobs: list[Job] = []
+    patch.setattr(triton_launches, "schedule", lambda some: [[job] for job in jobs.extend(some) or some])
+    prepared = cuda.prepare(memory.program(Phase((), tuple(steps))), DEVICE, "ieee")
+    under = prepared.under(torch.ones(4, dtype=torch.uint8))
+    work = empty(prepared.work).copy_(torch.randn(prepared.work))
+    before = [memory.slab.nan_to_num(0.5), work]
+    for job, call in zip(jobs, under.calls, strict=False):
+        known = masks(memory, prepared._zeroed, prepared.work, [*job.reads, *job.writes])
+        written = masks(memory, prepared._zeroed, prepared.work, job.writes)
+        # partial sums are anyone's
+        written[1][prepared._zeroed :] = True
+        results = []
+        for shift in (0.0, 1.0):
+            given = [torch.where(is_known, m, m + shift) for m, is_known in zip(before, known, strict=True)]
+            given = [empty(m.numel()).copy_(m).to(DEVICE) for m in given]
+            call((*given, under.table, under.flags, under.flags), memory.images)
+            results.append([m.cpu().view(torch.int32) for m in given])
+        for first, second, start, may in zip(*results, before, written, strict=True):
+            changed = first != start.view(torch.int32)
+            assert not (changed & ~may).any(), job.name
+            assert torch.equal(first[changed], second[changed]), job.name
 
 
 def made_in(memory: Memory, patch: pytest.MonkeyPatch, case: Case) -> Made:
@@ -157,6 +211,19 @@ def test_convolutions_of_different_sizes(takes_turns, places, monkeypatch):
         steps += [*one.forward, *one.first, one.backward, *one.last]
     count, most = compare_with_one_by_one(memory, steps, monkeypatch)
     assert count <= (most if takes_turns else most * 2 // 3)
+
+
+@pytest.mark.parametrize("case", CASES[1::2], ids=str)
+def test_convolutions_say_what_they_read_and_write(case, monkeypatch):
+    memory = Memory(images=2)
+    made = made_in(memory, monkeypatch, case)
+    check_areas(memory, [*made.forward, *made.first, made.backward, *made.last], monkeypatch)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_steps_say_what_they_read_and_write(seed, monkeypatch):
+    memory, steps = random_steps(seed)
+    check_areas(memory, steps, monkeypatch)
 
 
 def test_own_places_make_fewer_launches(monkeypatch):
