@@ -1,5 +1,5 @@
-"""Streams and captures of GPUs: memory that is used again may be so in the order of one stream only; what a
-CUDA graph uses is its own, and what it reads has to be kept as long as the graph."""
+"""Streams and captures of GPUs: what is copied is there for what follows on its stream, and what a CUDA graph
+reads has to be kept as long as the graph."""
 
 from __future__ import annotations
 

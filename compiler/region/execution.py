@@ -33,7 +33,6 @@ from nascompile.compiler.region.profiling import active
 from nascompile.compiler.region.reached import GradientMemory, Reached, reached
 from nascompile.compiler.region.remembered import remembered
 from nascompile.compiler.region.types import Boundaries, Boundary
-from nascompile.kernels import capturing
 from nascompile.kernels.plan.program import ALIGNMENT
 from nascompile.kernels.plan.run import run_timed
 
@@ -50,46 +49,44 @@ class Memory:
     and plans take turns."""
 
     def __init__(self) -> None:
-        self._free: list[tuple[Any, Tensor]] = []
+        self._free: list[Tensor] = []
         # models are used by several threads, and leases are given back by whichever collects them
         self._lock = threading.RLock()
         self.copies = Copies()
 
     def lease(self, floats: int, dtype: torch.dtype, device: torch.device) -> Lease:
         """Memory of at least so many elements, until the lease is given back or forgotten."""
-        if capturing.is_capturing(device):
-            # the graph's own: what is kept here may go, and be somebody else's when it is replayed
-            return Lease(None, None, new_memory(floats, dtype, device))
-        place = dtype, device, capturing.stream_of(device)
+        if device.type != "cpu":
+            # torch itself keeps the memory of GPUs, in the order of streams, and apart for captured graphs
+            return Lease(None, new_memory(floats, dtype, device))
         with self._lock:
-            fitting = [slab for at, slab in self._free if at == place and slab.numel() >= floats]
+            fitting = [slab for slab in self._free if slab.dtype == dtype and slab.numel() >= floats]
             if fitting:
                 slab = min(fitting, key=Tensor.numel)
-                self._free = [pair for pair in self._free if pair[1] is not slab]
-                return Lease(self, place, slab)
+                self._free = [other for other in self._free if other is not slab]
+                return Lease(self, slab)
             # what is too small will be so again
-            self._free = [pair for pair in self._free if pair[0] != place]
-        return Lease(self, place, new_memory(floats, dtype, device))
+            self._free = []
+        return Lease(self, new_memory(floats, dtype, device))
 
-    def take_back(self, place: Any, slab: Tensor) -> None:
+    def take_back(self, slab: Tensor) -> None:
         """Keep a slab for the next lease, and no more than a step in the usual order needs."""
         with self._lock:
-            self._free = [*self._free, (place, slab)][-KEPT:]
+            self._free = [*self._free, slab][-KEPT:]
 
 
 class Lease:
-    """Memory in use: of a type, a device and a stream (`place`); without `memory`, nobody else's
-    afterwards."""
+    """Memory in use; `memory`: who takes it back."""
 
-    def __init__(self, memory: Memory | None, place: Any, slab: Tensor) -> None:
-        self._memory, self._place = memory, place
+    def __init__(self, memory: Memory | None, slab: Tensor) -> None:
+        self._memory = memory
         self.slab: Tensor | None = slab
 
     def give_back(self) -> None:
         """Let others use the memory; its content is lost."""
         slab, self.slab = self.slab, None
         if slab is not None and self._memory is not None:
-            self._memory.take_back(self._place, slab)
+            self._memory.take_back(slab)
 
     def __del__(self) -> None:
         self.give_back()

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nascompile.kernels import capturing
 from nascompile.kernels.plan.program import aligned
 
 
@@ -55,26 +54,20 @@ class GradientMemory:
 
     def __init__(self, **options: Any) -> None:
         self._options = options
-        self._last: tuple[int, Tensor] | None = None
-        """The stream on which it was used, and the memory."""
+        self._flat: Tensor | None = None
         self._lock = threading.Lock()
 
     def take(self, wanted: Reached, count: int, absent: Tensor) -> list[Tensor]:
         """Memory for those of `count` parameters that are reached, zeros unless it is written as a whole;
         `absent` for the others."""
-        if capturing.is_capturing(absent.device):
-            # the graph's own, as in Memory.lease
-            return self._spread(torch.empty(wanted.floats, **self._options), wanted, count, absent)
         with self._lock:
             # taken out: two threads must not find the same piece free
-            last, self._last = self._last, None
-        stream, flat = capturing.stream_of(absent.device), None
-        if last is not None and last[0] == stream:
-            flat = last[1]
+            flat, self._flat = self._flat, None
         if flat is None or flat.numel() != wanted.floats or _is_held(flat):
             flat = torch.empty(wanted.floats, **self._options)
         found = self._spread(flat, wanted, count, absent)
-        self._last = stream, flat
+        # torch itself keeps the memory of GPUs, as in Memory.lease
+        self._flat = flat if flat.device.type == "cpu" else None
         return found
 
     def _spread(self, flat: Tensor, wanted: Reached, count: int, absent: Tensor) -> list[Tensor]:

@@ -12,19 +12,11 @@ import torch
 from torch import Tensor
 
 from nascompile.compiler.region import region, selftest
-from nascompile.compiler.region.execution import Memory
 from nascompile.compiler.region.executors import NATIVE, TRITON
-from nascompile.compiler.region.reached import GradientMemory, reached
 from nascompile.compiler.region.selftest import why_not_trusted
 from nascompile.kernels import capturing
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-OPTIONS: dict[str, Any] = {"dtype": torch.float32, "device": CPU}
-
-
-@pytest.fixture
-def captures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capturing, "is_capturing", lambda device: True)
 
 
 @pytest.fixture(autouse=True)
@@ -32,40 +24,6 @@ def no_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selftest, "_VERDICTS", {})
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-
-
-def test_memory_of_a_graph_is_lent_to_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    memory = Memory()
-    kept = memory.lease(64, **OPTIONS)
-    before = kept.slab
-    kept.give_back()
-    with monkeypatch.context() as patches:
-        patches.setattr(capturing, "is_capturing", lambda device: True)
-        lease = memory.lease(64, **OPTIONS)
-        slab = lease.slab
-        assert slab is not before
-        lease.give_back()
-    assert memory.lease(64, **OPTIONS).slab is before
-
-
-@pytest.mark.usefixtures("captures")
-def test_gradients_of_a_graph_are_its_own() -> None:
-    wanted = reached([torch.Size([3])], [True], [False], [])
-    gradients, absent = GradientMemory(**OPTIONS), torch.empty(0)
-    (found,) = gradients.take(wanted, 1, absent)
-    assert found.shape == (3,)
-    # nothing is kept for the next step, which may not be one of the graph's
-    assert gradients._last is None
-
-
-def test_memory_is_by_device_and_type() -> None:
-    memory = Memory()
-    lease = memory.lease(64, torch.float32, CPU)
-    slab = lease.slab
-    lease.give_back()
-    assert memory.lease(64, torch.float64, CPU).slab is not slab
-    assert memory.lease(64, torch.float32, torch.device("meta")).slab is not slab
-    del lease
 
 
 def test_what_a_graph_reads_is_held_as_long_as_it_lives() -> None:
@@ -166,26 +124,3 @@ def test_the_doctor_says_what_runs_plans(monkeypatch: pytest.MonkeyPatch, proble
     reasons = {row.implementation: row.reason for row in rows}
     assert reasons["triton"] == "used" if problem is None else problem in reasons["triton"]
     assert reasons["op by op"] == ("triton comes first" if problem is None else "used")
-
-
-def test_memory_is_used_again_on_its_own_stream_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Elsewhere nobody waits for what still goes on in it."""
-    memory, gradients, absent = Memory(), GradientMemory(**OPTIONS), torch.empty(0)
-    wanted = reached([torch.Size([3])], [True], [False], [])
-    slabs, pieces = [], []
-    for stream in (1, 2, 1):
-        monkeypatch.setattr(capturing, "stream_of", lambda device, number=stream: number)
-        lease = memory.lease(64, **OPTIONS)
-        slabs.append(lease.slab)
-        lease.give_back()
-        last = gradients._last
-        gradients.take(wanted, 1, absent)
-        pieces.append(last is not None and gradients._last is not None and last[1] is gradients._last[1])
-    assert slabs[0] is slabs[2]
-    assert slabs[0] is not slabs[1]
-    assert pieces == [False, False, False]
-    before = gradients._last
-    gradients.take(wanted, 1, absent)
-    assert before is not None
-    assert gradients._last is not None
-    assert gradients._last[1] is before[1]

@@ -6,10 +6,13 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
 from torch import Tensor
 
+from nascompile.compiler.region import execution
 from nascompile.compiler.region.execution import KEPT, Memory
+from nascompile.compiler.region.reached import GradientMemory, reached
 
 DTYPE, CPU = torch.float64, torch.device("cpu")
 FLOATS = 64
@@ -44,7 +47,7 @@ def test_two_threads_never_get_one_slab() -> None:
         except threading.BrokenBarrierError:
             return
 
-    memory.take_back((DTYPE, CPU, 0), watched(wait_for_the_other))
+    memory.take_back(watched(wait_for_the_other))
     with ThreadPoolExecutor(2) as pool:
         leases = list(pool.map(lambda _: memory.lease(FLOATS, DTYPE, CPU), range(2)))
     places = {lease.slab.data_ptr() for lease in leases if lease.slab is not None}
@@ -54,7 +57,7 @@ def test_two_threads_never_get_one_slab() -> None:
 def test_the_garbage_collector_may_give_back_in_the_middle_of_a_lease() -> None:
     memory = Memory()
     forgotten = [memory.lease(FLOATS, DTYPE, CPU)]
-    memory.take_back((DTYPE, CPU, 0), watched(forgotten.clear))
+    memory.take_back(watched(forgotten.clear))
     found = []
     # a daemon: where the lock is not reentrant the thread never ends
     thread = threading.Thread(target=lambda: found.append(memory.lease(FLOATS, DTYPE, CPU)), daemon=True)
@@ -73,3 +76,22 @@ def test_no_more_is_kept_than_a_step_needs() -> None:
         lease.give_back()
         lease.give_back()
     assert len(memory._free) == KEPT
+
+
+def test_memory_of_gpus_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It keeps it in the order of streams, and apart for graphs that are being captured."""
+    monkeypatch.setattr(execution, "new_memory", lambda floats, dtype, device: torch.empty(floats))
+    memory = Memory()
+    lease = memory.lease(FLOATS, DTYPE, torch.device("cuda"))
+    assert lease.slab is not None
+    lease.give_back()
+    assert memory._free == []
+
+
+def test_gradients_on_gpus_are_left_to_torch() -> None:
+    wanted = reached([torch.Size([3])], [True], [False], [])
+    for device, is_kept in ((CPU, True), (torch.device("meta"), False)):
+        gradients = GradientMemory(dtype=DTYPE, device=device)
+        (found,) = gradients.take(wanted, 1, torch.empty(0, device=device))
+        assert found.shape == (3,)
+        assert (gradients._flat is not None) == is_kept
