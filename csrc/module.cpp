@@ -83,7 +83,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "selected_instruction_set",
       [] { return std::string(nascompile::isa_name(nascompile::selected_isa())); },
-      "The one in use: the best this processor has.");
+      "The one in use: the best that this processor has and ATEN_CPU_CAPABILITY, as for torch, allows.");
   m.def("select_instruction_set", &select_by_name, "Use another one, to test it; ValueError where that is not possible.");
   m.def(
       "lane",

@@ -1,5 +1,8 @@
 #include "isa.h"
 
+#include <cstdlib>
+#include <string>
+
 namespace nascompile {
 
 bool is_supported(Isa isa) {
@@ -14,11 +17,20 @@ bool is_supported(Isa isa) {
 #endif
 }
 
+// torch's own variable: who limits torch's kernels means ours too
+static Isa allowed() {
+  const char* value = std::getenv("ATEN_CPU_CAPABILITY");
+  const std::string name = value == nullptr ? "" : value;
+  return name == "default" ? Isa::plain : name == "avx2" ? Isa::avx2 : Isa::avx512;
+}
+
 static Isa detect() {
-  if (is_supported(Isa::avx512)) {
-    return Isa::avx512;
+  for (const Isa isa : {Isa::avx512, Isa::avx2}) {
+    if (isa <= allowed() && is_supported(isa)) {
+      return isa;
+    }
   }
-  return is_supported(Isa::avx2) ? Isa::avx2 : Isa::plain;
+  return Isa::plain;
 }
 
 static Isa& current() {

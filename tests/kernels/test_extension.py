@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -31,6 +33,20 @@ def test_the_extension_is_there_where_it_was_demanded():
     if os.environ.get("NASCOMPILE_BUILD_EXT") != "1":
         pytest.skip("NASCOMPILE_BUILD_EXT=1 demands it")
     assert native.load() == (native.load()[0], None)
+
+
+@pytest.mark.parametrize(
+    ("variable", "most"), [("default", "DEFAULT"), ("avx2", "AVX2"), ("avx512", "AVX512")]
+)
+def test_what_limits_torch_limits_the_kernels(extension, variable, most):
+    program = "from nascompile.kernels import native; print(native.load()[0].selected_instruction_set())"
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": variable}
+    found = subprocess.run(
+        [sys.executable, "-c", program], env=environment, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    order = ["DEFAULT", "AVX2", "AVX512"]
+    usual = order.index(extension.selected_instruction_set())
+    assert found.stdout.strip() == order[min(usual, order.index(most))]
 
 
 def test_operators_in_cpp_and_in_python_have_one_schema():
