@@ -41,11 +41,8 @@ def read_mask(mask: Any, length: int, key: str) -> Selection:
 
 
 def read_weights(mask: Any, length: int, key: str) -> Selection:
-    """As `read_mask`, but floating point numbers are not looked at: all candidates take part."""
-    tensor = _of_length(mask, length, key)
-    if not tensor.is_floating_point():
-        return read_mask(tensor, length, key)
-    return Selection(tuple(range(length)), tensor)
+    """As `read_mask` for floating point numbers, which are not looked at: all candidates take part."""
+    return Selection(tuple(range(length)), _of_length(mask, length, key))
 
 
 def _of_length(mask: Any, length: int, key: str) -> Tensor:

@@ -6,7 +6,7 @@ This eager execution is the definition of what every compiled form has to comput
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -93,8 +93,19 @@ class BaseMutator(nn.Module):
 
 
 class SoftDecision(dict[str, Any]):
-    """A decision in which every candidate that has a weight takes part, whatever the weight: nobody has to
-    read the weights, for which a GPU would have to be waited for, to know who does."""
+    """A decision whose weights are those of a softmax, say: on a GPU all candidates take part, for nobody
+    waits to read which weights are zero. What is put in or changed later is read as any other mask."""
+
+    def __init__(self, masks: Mapping[str, Any]) -> None:
+        super().__init__(masks)
+        self._given = {key: (m, m._version) for key, m in masks.items() if isinstance(m, Tensor)}
+
+    def needs_no_reading(self, key: str) -> bool:
+        """Whether all candidates of a key take part, whatever their weights."""
+        mask, version = self._given.get(key, (None, 0))
+        if mask is None or self[key] is not mask or mask._version != version:
+            return False
+        return mask.is_floating_point() and mask.device.type != "cpu"
 
 
 class Mutator(BaseMutator):
@@ -143,7 +154,8 @@ class Mutator(BaseMutator):
         known = self._selections.get(key)
         # a tensor may have been changed in place since it was read
         if known is None or known[0] is not mask or known[1] != mask._version:
-            reads = read_weights if isinstance(self._cache, SoftDecision) else read_mask
+            is_soft = isinstance(self._cache, SoftDecision) and self._cache.needs_no_reading(key)
+            reads = read_weights if is_soft else read_mask
             known = (mask, mask._version, reads(mask, length, key))
             self._selections[key] = known
         return known[2], mask

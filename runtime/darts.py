@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from nascompile.compiler.errors import NascompileError
+from nascompile.compiler.mutator import SoftDecision
 from nascompile.runtime.batches import Batch
 from nascompile.runtime.bilevel import unrolled_gradient
 from nascompile.runtime.callbacks import Callback
@@ -101,14 +102,23 @@ class DartsTrainer(Trainer):
         meters = AverageMeterGroup()
         for raw_train, raw_valid in zip(self.train_loader, self.valid_loader, strict=False):
             train, valid = self.split(raw_train), self.split(raw_valid)
-            for callback in self.callbacks:
-                callback.on_batch_begin(epoch)
-            logits, loss, masks = self._search_step(train, valid)
-            # a replay decides without Python
-            self.mutator.decide(type(self.mutator.decision)(masks))
-            self.count_decision()
-            self.after_step(train, logits, loss, meters, epoch)
+            if self.replays:
+                self._replayed_step(train, valid, meters, epoch)
+                continue
+            self.architecture_step(train, valid)
+            self.decide()
+            self.weight_step(train, meters, epoch)
         return meters.averages()
+
+    def _replayed_step(self, train: Batch, valid: Batch, meters: AverageMeterGroup, epoch: int) -> None:
+        for callback in self.callbacks:
+            callback.on_batch_begin(epoch)
+        logits, loss, masks = self._search_step(train, valid)
+        # a replay decides without Python
+        is_soft = isinstance(self.mutator.decision, SoftDecision)
+        self.mutator.decide(SoftDecision(masks) if is_soft else masks)
+        self.count_decision()
+        self.after_step(train, logits, loss, meters, epoch)
 
     def search_step(self, train: Batch, valid: Batch) -> tuple[Any, Tensor, dict[str, Any]]:
         """A step of the architecture and one of the weights; the logits, loss and decision of the latter."""

@@ -60,7 +60,8 @@ class DartsMutator(Mutator):
 
     `choices[key]` holds the logits alpha of a LayerChoice, float32, one for each candidate and a last one for
     "no output at all", which takes its share of the softmax without contributing. While searching every input
-    of an InputChoice is used.
+    of an InputChoice is used. A weight that is zero (its logit a hundred below the largest) leaves its
+    candidate out on a CPU; on a GPU, where nobody waits to read it, the candidate runs and counts nothing.
 
     The final architecture takes the candidate of each LayerChoice with the largest probability, except one
     named "none" or "zero". An InputChoice with `n_chosen` keeps the inputs that come from the strongest
@@ -96,15 +97,13 @@ class DartsMutator(Mutator):
 
     def sample_search(self) -> dict[str, Any]:
         """Differentiable weights for each LayerChoice, all inputs of each InputChoice."""
-        return SoftDecision(
-            (
-                key,
-                self.probabilities(key)
-                if isinstance(choice, LayerChoice)
-                else torch.ones(len(choice), dtype=torch.bool),
-            )
+        masks = {
+            key: self.probabilities(key)
+            if isinstance(choice, LayerChoice)
+            else torch.ones(len(choice), dtype=torch.bool)
             for key, choice in self.choices_by_key.items()
-        )
+        }
+        return SoftDecision(masks)
 
     @torch.no_grad()
     def sample_final(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nascompile.compiler.compiled import CompiledModel
 from nascompile.runtime.batches import Batch
+from nascompile.runtime.callbacks import Callback
 from nascompile.runtime.captured_step import (
     CapturedStep,
     addresses,
@@ -68,13 +69,41 @@ def _batches(parts: Sequence[Any]) -> list[Batch]:
 
 def why_not_replayed(trainer: Trainer) -> str | None:
     """Why no step of a trainer is replayed, or None."""
-    if not trainer.cuda_graph:
+    if trainer.cuda_graph is False:
         return "cuda_graph=False"
     if not isinstance(trainer.compiled, CompiledModel):
         return "the model is not compiled, so that nobody knows what it depends on"
     if trainer.acceleration.precision == "fp16":
         return "the host reads whether scaled gradients have overflown"
+    return None if trainer.cuda_graph else _own_code(trainer)
+
+
+def _own_code(trainer: Trainer) -> str | None:
+    """What code of the user's a step runs, which may depend on anything."""
+    for what in (trainer, trainer.mutator):
+        if not type(what).__module__.startswith("nascompile."):
+            return (
+                f"{type(what).__name__} is code of your own; cuda_graph=True says that its steps are the same"
+            )
+    if not _is_of_torch(trainer.loss):
+        return "the loss is code of your own; cuda_graph=True says that it depends on its arguments only"
+    for callback in trainer.callbacks:
+        if type(callback).on_batch_begin is not Callback.on_batch_begin:
+            return f"{type(callback).__name__} acts before the weights move, within a step"
     return None
+
+
+def _is_of_torch(loss: Any) -> bool:
+    if not isinstance(loss, nn.Module):
+        return getattr(loss, "__module__", None) == "torch.nn.functional"
+    return all(
+        type(m).__module__.startswith("torch.nn.modules.") and "forward" not in vars(m) and not _has_hooks(m)
+        for m in loss.modules()
+    )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return any(value for name, value in vars(module).items() if name.endswith("_hooks"))
 
 
 def settle_optimizers(trainer: Trainer) -> None:
@@ -134,5 +163,7 @@ class _Stamps:
         # another trace may be that of a model with other modules
         if known != self._traces:
             self._tensors.look_up()
-        where, loss = addresses(self._tensors.now()), plain_attributes(self._trainer.loss)
-        return (*self._traces, where, loss, self._trainer.aux_weight)
+        loss = self._trainer.loss
+        parts = tuple(map(id, loss.modules())) if isinstance(loss, nn.Module) else ()
+        where = addresses(self._tensors.now())
+        return (*self._traces, where, id(loss), parts, plain_attributes(loss), self._trainer.aux_weight)

@@ -37,7 +37,7 @@ class RunOptions(TypedDict, total=False):
     """The keyword arguments of `Trainer` that every search passes on."""
 
     compile: bool
-    cuda_graph: bool
+    cuda_graph: bool | None
     precision: str
     seed: int | None
     folder: str | Path | None
@@ -53,11 +53,11 @@ class Trainer(BaseTrainer):
     lines of the log (None: no lines).
 
     `compile=True` runs the model through `nascompile.compile`; parameters, optimizers and state dicts are
-    those of `model` either way. With `cuda_graph` a search whose steps do the same each time (first-order
-    DARTS) replays them on a GPU, see `nascompile.runtime.captured_step`. `precision` is "no", "bf16" or
-    "fp16". `seed` seeds Python's, NumPy's and torch's global generators before anything is drawn. With
-    `folder`, the state is saved there before the first and after every epoch, so that a run that is
-    interrupted can be resumed; nothing is written without it.
+    those of `model` either way. On a GPU first-order DARTS replays its steps as CUDA graphs
+    (`nascompile.runtime.captured_step`): with `cuda_graph=None` where all code of a step is known, with True
+    also where losses, mutators or callbacks of your own depend on nothing but their arguments, with False
+    never. `precision` is "no", "bf16" or "fp16". `seed` seeds Python's, NumPy's and torch's global generators
+    before anything is drawn. With `folder`, the state is saved there before the first and after every epoch.
 
     `history` has a dict for every epoch (epoch, train_loss, train_<metric>, valid_loss, valid_<metric>),
     `decisions` the mean decision of every epoch: a list of floats for every key.
@@ -83,7 +83,7 @@ class Trainer(BaseTrainer):
         callbacks: Sequence[Callback] | None,
         *,
         compile: bool = True,
-        cuda_graph: bool = True,
+        cuda_graph: bool | None = None,
         precision: str = "no",
         seed: int | None = None,
         folder: str | Path | None = None,
@@ -111,7 +111,7 @@ class Trainer(BaseTrainer):
         self.callbacks = list(callbacks or [])
         self.aux_weight = aux_weight
         self.cuda_graph = cuda_graph
-        #: whether steps are replayed as CUDA graphs, as long as nothing speaks against it
+        #: whether steps are replayed as CUDA graphs
         self.replays = False
         self.folder = None if folder is None else Path(folder)
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from nascompile.base_mutator import BaseMutator
 from nascompile.compiler.errors import ArchitectureError, SpaceError
-from nascompile.compiler.mutator import readable
+from nascompile.compiler.mutator import SoftDecision, readable
 from nascompile.mutables import InputChoice, LayerChoice, MutableScope
 from nascompile.mutator import Mutator
 from tests.comparing import Decided
@@ -162,3 +162,23 @@ def test_scopes_make_no_decision() -> None:
 
     mutator = Decided(nn.Sequential(Scope("s"), LayerChoice([nn.ReLU()], key="a")))
     assert list(mutator.choices_by_key) == ["a"]
+
+
+def test_a_soft_decision_is_not_read_on_a_gpu() -> None:
+    """All candidates take part; on a CPU, where reading costs nothing, zeros are seen."""
+    model = torch.nn.Sequential(LayerChoice([torch.nn.Identity(), torch.nn.ReLU()], key="op"))
+    mutator = Mutator(model)
+    for device, indices in (("cpu", (1,)), ("meta", (0, 1))):
+        mask = torch.tensor([0.0, 1.0]).to(device)
+        mutator.decide(SoftDecision({"op": mask}))
+        assert mutator.selection("op", 2)[0].indices == indices
+
+
+@pytest.mark.parametrize("change", [lambda d: d.update(op=d["op"] * 1), lambda d: d["op"].zero_()])
+def test_a_soft_decision_that_is_changed_is_read(change: Any) -> None:
+    mask = torch.ones(2, device="meta")
+    decision = SoftDecision({"op": mask})
+    assert decision.needs_no_reading("op")
+    change(decision)
+    assert not decision.needs_no_reading("op")
+    assert not SoftDecision({"op": mask.bool()}).needs_no_reading("op")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from nascompile.runtime.callbacks import Callback
 from nascompile.runtime.captured_step import make_capturable
 from nascompile.runtime.darts import DartsTrainer
+from nascompile.runtime.darts_mutator import DartsMutator
 from nascompile.runtime.replaying import ReplayedStep, replayed, why_not_replayed
 from nascompile.runtime.trainer import Trainer
 from tests.runtime.emulated_graphs import EmulatedRecorder
@@ -53,6 +54,21 @@ class AtEpochs(Callback):
         self.do(self.trainer, epoch)
 
 
+class AtSteps(Callback):
+    """Does something before the weights move."""
+
+    def on_batch_begin(self, epoch: int) -> None:
+        assert self.mutator is not None
+
+
+class Hooked(nn.CrossEntropyLoss):
+    """A loss that is not torch's own."""
+
+
+class Tempered(DartsMutator):
+    """A mutator that is not ours."""
+
+
 @pytest.fixture(autouse=True)
 def adam_on_the_emulated_device(monkeypatch: pytest.MonkeyPatch) -> None:
     adam = importlib.import_module("torch.optim.adam")
@@ -69,6 +85,7 @@ def searched(model: nn.Module, *, replays: bool, **options: Any) -> tuple[Any, A
         group.update(capturable=True, foreach=False)
     if replays:
         trainer._search_step = ReplayedStep(trainer, trainer.search_step, EmulatedRecorder())
+        trainer.replays = True
     trainer.train()
     return trainer, trainer._search_step
 
@@ -132,11 +149,43 @@ def test_what_runs_as_written_is_not_replayed() -> None:
     [
         ({"cuda_graph": False}, "cuda_graph=False"),
         ({"compile": False}, "not compiled"),
+        ({"loss": lambda logits, target: nn.functional.cross_entropy(logits, target)}, "the loss is code"),
+        ({"loss": Hooked()}, "the loss is code"),
+        ({"callbacks": [AtSteps()]}, "AtSteps acts"),
     ],
 )
 def test_reasons_against_replays(options: dict[str, Any], reason: str) -> None:
     trainer = make("darts", net(), **{"compile": True, **options})
     assert reason in str(why_not_replayed(trainer))
+
+
+def test_mutators_of_the_user_have_a_word() -> None:
+    model = net()
+    mutator = Tempered(model)
+    trainer = make("darts", model, mutator=mutator, compile=True)
+    assert "Tempered is code of your own" in str(why_not_replayed(trainer))
+    trainer.cuda_graph = True
+    assert why_not_replayed(trainer) is None
+
+
+@pytest.mark.parametrize("loss", [nn.functional.cross_entropy, nn.CrossEntropyLoss()])
+def test_torchs_losses_are_known(loss: Any) -> None:
+    assert why_not_replayed(make("darts", net(), loss=loss, compile=True)) is None
+    if isinstance(loss, nn.Module):
+        loss.register_forward_hook(lambda *_: None)
+        assert why_not_replayed(make("darts", net(), loss=loss, compile=True)) is not None
+
+
+def test_another_loss_between_epochs_is_seen() -> None:
+    def other(trainer: Any, epoch: int) -> None:
+        trainer.loss = [nn.CrossEntropyLoss(), nn.MultiMarginLoss(), nn.CrossEntropyLoss(reduction="sum")][
+            epoch
+        ]
+
+    plain, _ = searched(net(), replays=False, callbacks=[AtEpochs(other)])
+    found, step = searched(net(), replays=True, callbacks=[AtEpochs(other)])
+    same(found, plain)
+    assert step.captured.replays
 
 
 def test_a_cpu_has_no_graphs() -> None:
