@@ -11,6 +11,8 @@ import torch
 
 # not by thread: autograd runs backward passes for GPUs in threads of its own
 _HOLDERS: list[list[Any]] = []
+_FOREVER: list[Any] = []
+"""What graphs read that were captured without a holder: nobody says when they go."""
 
 
 def is_capturing(device: torch.device) -> bool:
@@ -37,6 +39,6 @@ def holding() -> Iterator[list[Any]]:
 
 
 def hold(*things: Any) -> None:
-    """Keep things as long as the graph that is being captured."""
-    for holder in _HOLDERS:
+    """Keep things as long as the graph that is being captured, or for ever where nobody collects them."""
+    for holder in _HOLDERS or [_FOREVER]:
         holder.extend(things)

@@ -4,8 +4,10 @@ changes."""
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from itertools import chain, compress
 from typing import Any
 
 import torch
@@ -24,7 +26,10 @@ GRAPHS = 4
 WORTH = 4
 """Replays that pay for a recording; two in a row that did not, and nothing is recorded any more."""
 TOLERANCE = 0.05
-"""Of the length of a step: how much further off its first replay may be. A wrong one is off by all of it."""
+"""How far off the first replay may be: of the length of the step in each group of tensors, and of the
+outputs."""
+PLAIN = bool | int | float | str | bytes | None
+"""What batches may hold besides tensors."""
 CAPTURABLE = (torch.optim.SGD,)
 """Optimizers that keep nothing on the host; others say so by an option "capturable"."""
 
@@ -47,8 +52,9 @@ class CapturedStep:
     itself, from the same state. What it returns is the caller's own.
 
     stamp: what else a step depends on, asked before each: a hashable, or a string that says why it cannot be
-    replayed now. state: the tensors that a step changes. Settings of the optimizers (learning rates) may
-    change: the step is recorded again. `reason` says why steps are not replayed, as far as that is for good.
+    replayed now. state: the tensors that a step changes, in groups that are compared each by itself. Settings
+    of the optimizers (learning rates) may change: the step is recorded again. `reason` says why steps are not
+    replayed, as far as that is for good.
     """
 
     def __init__(
@@ -57,7 +63,7 @@ class CapturedStep:
         recorder: Recorder,
         optimizers: Sequence[torch.optim.Optimizer],
         stamp: Callable[..., Hashable | str],
-        state: Callable[[], list[Tensor]],
+        state: Callable[[], list[list[Tensor]]],
     ) -> None:
         self._step, self._recorder, self._optimizers = step, recorder, list(optimizers)
         self._stamp, self._state = stamp, state
@@ -75,6 +81,8 @@ class CapturedStep:
         if isinstance(stamp, str):
             return self._step(*batches)
         leaves, spec = tree_flatten(batches)
+        if not all(isinstance(leaf, Tensor | PLAIN) for leaf in leaves):
+            return self._step(*batches)
         key = (spec, tuple(map(_look, leaves)), stamp)
         if self._calls.get(key, 0) < WARM_UP:
             if key not in self._calls and len(self._calls) >= 64:
@@ -84,7 +92,7 @@ class CapturedStep:
         settings = tuple(map(_settings, self._optimizers))
         kept = self._kept.pop(key, None)
         if kept is not None and kept.settings != settings:
-            self._wasted = self._wasted + 1 if kept.replays < WORTH else 0
+            self._judge(kept)
             kept = None
         if self._wasted >= 2:
             self._give_up("what a step depends on changes too often (a learning rate, for one)")
@@ -93,6 +101,10 @@ class CapturedStep:
             return self._record(key, settings, leaves, spec, batches)
         self._kept[key] = kept
         return self._replay(kept, leaves)
+
+    def _judge(self, kept: _Kept) -> None:
+        """Count a recording that is dropped."""
+        self._wasted = self._wasted + 1 if kept.replays < WORTH else 0
 
     def _replay(self, kept: _Kept, leaves: Sequence[Any]) -> Any:
         with torch.no_grad():
@@ -111,7 +123,7 @@ class CapturedStep:
         remaining = iter(inputs)
         own = tree_unflatten([next(remaining) if _is_tensor(leaf) else leaf for leaf in leaves], spec)
         while len(self._kept) >= GRAPHS:
-            del self._kept[next(iter(self._kept))]
+            self._judge(self._kept.pop(next(iter(self._kept))))
         before = random_state()
         try:
             recording = self._recorder.record(lambda: self._step(*own))
@@ -122,29 +134,27 @@ class CapturedStep:
             restore_random_state(before)
             self._give_up("a step draws random numbers on the host")
             return self._step(*batches)
-        kept = _Kept(recording, inputs, settings)
-        is_first = not self.replays
-        if not is_first:
-            self._kept[key] = kept
-            return self._replay(kept, leaves)
-        return self._compared(key, kept, leaves, batches)
+        return self._compared(key, _Kept(recording, inputs, settings), leaves, batches)
 
     def _compared(self, key: Hashable, kept: _Kept, leaves: Sequence[Any], batches: tuple[Any, ...]) -> Any:
         """The step itself, after a replay from the same state; the recording is kept where they agree."""
-        state, random_numbers = self._state(), random_state()
-        before = [tensor.detach().clone() for tensor in state]
-        self._replay(kept, leaves)
-        replayed = [tensor.detach().clone() for tensor in state]
+        groups, random_numbers = list(chain(*map(_apart, self._state()))), random_state()
+        before = _copies(groups)
+        replayed_outputs = self._replay(kept, leaves)
+        replayed = _copies(groups)
         with torch.no_grad():
-            for tensor, value in zip(state, before, strict=True):
+            for tensor, value in zip(chain(*groups), chain(*before), strict=True):
                 tensor.copy_(value)
         restore_random_state(random_numbers)
         outputs = self._recorder.aside(lambda: self._step(*batches))
-        length = _distance(state, before)
-        if _distance(state, replayed) <= TOLERANCE * length:
+        found = [*groups, _tensors(outputs)]
+        moves = map(_distance, groups, before)
+        lengths = [*moves, sum(float(t.detach().double().square().sum()) for t in found[-1]) ** 0.5]
+        away = map(_distance, found, [*replayed, _tensors(replayed_outputs)])
+        if all(a <= TOLERANCE * length for a, length in zip(away, lengths, strict=True)):
             self._kept[key] = kept
         else:
-            self._give_up("a replayed step gave other parameters than the step itself")
+            self._give_up("a replayed step gave other parameters or outputs than the step itself")
         return outputs
 
     def _give_up(self, reason: str) -> None:
@@ -164,13 +174,14 @@ def _look(leaf: Any) -> Hashable:
     """What a recording depends on in a leaf of the batches: all of it but a tensor's values."""
     if isinstance(leaf, Tensor):
         return leaf.shape, leaf.dtype, leaf.device, leaf.stride(), leaf.requires_grad
-    return leaf if isinstance(leaf, Hashable) else id(leaf)
+    return type(leaf), leaf
 
 
 def _settings(optimizer: torch.optim.Optimizer) -> Hashable:
-    """The numbers that an optimizer's step is made with; tensors are read on the device."""
+    """The numbers that an optimizer's step is made with."""
     return tuple(
-        (name, id(value) if isinstance(value, Tensor) else repr(value))
+        # a number on the device is read by each replay
+        (name, id(value) if isinstance(value, Tensor) and value.device.type != "cpu" else repr(value))
         for group in optimizer.param_groups
         for name, value in group.items()
         if name != "params"
@@ -183,14 +194,27 @@ def _host_states(state: dict[str, Any]) -> Hashable:
 
 
 def _distance(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
-    """Between two states, over what is floating point; not finite where one of them is not."""
+    """Between two groups of tensors; not finite where one of them is not."""
     total = 0.0
     for one, other in zip(left, right, strict=True):
-        if one.is_floating_point():
-            # infinities that are the same are no distance
-            away = torch.where(one == other, 0.0, one.detach().double() - other.double())
-            total += float(away.square().sum())
+        # infinities that are the same are no distance
+        away = torch.where(one == other, 0.0, one.detach().double() - other.double())
+        total += float(away.square().sum())
     return total**0.5
+
+
+def _apart(group: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Counters and single numbers by themselves: next to a thousand of them no other move would count."""
+    is_map = [tensor.is_floating_point() and tensor.numel() > 1 for tensor in group]
+    return [list(compress(group, is_map)), list(compress(group, map(operator.not_, is_map)))]
+
+
+def _copies(groups: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+    return [[tensor.detach().clone() for tensor in group] for group in groups]
+
+
+def _tensors(outputs: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_flatten(outputs)[0] if _is_tensor(leaf)]
 
 
 # ----- optimizers
@@ -243,5 +267,5 @@ def plain_attributes(module: Any) -> Hashable:
         (name, repr(value))
         for part in module.modules()
         for name, value in vars(part).items()
-        if isinstance(value, bool | int | float | str | None)
+        if isinstance(value, PLAIN)
     )

@@ -63,7 +63,15 @@ class CudaRecorder:
 
     def record(self, function: Callable[[], Any]) -> CudaRecording:
         """Capture a function as a CUDA graph; RuntimeError where it waits for the device, for one thing."""
-        graph = torch.cuda.CUDAGraph()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
+        try:
+            return self._capture(graph, function)
+        except RuntimeError:
+            # torch leaves its own where a capture has become invalid
+            torch.cuda.set_stream(current)
+            raise
+
+    def _capture(self, graph: torch.cuda.CUDAGraph, function: Callable[[], Any]) -> CudaRecording:
         # other threads, such as those that pin batches, go on meanwhile
         with (
             torch.cuda.device(self._device),

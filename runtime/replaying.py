@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -121,27 +122,33 @@ class _Tensors:
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
-        self._dicts: list[dict[str, Any]] = []
-        self._names: list[str] = []
+        self._places: list[tuple[list[dict[str, Any]], list[str]]] = []
 
     def look_up(self) -> None:
         """Find out where the tensors are kept."""
         owners = [self._trainer.model, self._trainer.mutator, self._trainer.loss]
-        modules = [m for owner in owners if isinstance(owner, nn.Module) for m in owner.modules()]
-        dicts = [kept for module in modules for kept in (module._parameters, module._buffers)]
-        pairs = [(kept, name) for kept in dicts for name, value in kept.items() if value is not None]
-        self._dicts, self._names = [kept for kept, _ in pairs], [name for _, name in pairs]
+        self._places = [
+            _places(vars(module)[kind] for module in owner.modules())
+            for owner in owners
+            if isinstance(owner, nn.Module)
+            for kind in ("_parameters", "_buffers")
+        ]
 
-    def now(self) -> list[Tensor]:
-        """The tensors at present."""
+    def now(self) -> list[list[Tensor]]:
+        """The tensors at present: those of modules by their owner, parameters apart from buffers, then those
+        of each optimizer."""
         try:
-            found = list(map(operator.getitem, self._dicts, self._names))
+            found = [list(map(operator.getitem, dicts, names)) for dicts, names in self._places]
         except KeyError:
             self.look_up()
             return self.now()
-        for optimizer in self._trainer.optimizers().values():
-            found += tensors_of(optimizer)
-        return [tensor for tensor in found if tensor is not None]
+        found += [tensors_of(optimizer) for optimizer in self._trainer.optimizers().values()]
+        return [[tensor for tensor in group if tensor is not None] for group in found]
+
+
+def _places(dicts: Iterable[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
+    pairs = [(kept, name) for kept in dicts for name, value in kept.items() if value is not None]
+    return [kept for kept, _ in pairs], [name for _, name in pairs]
 
 
 class _Stamps:
@@ -150,6 +157,8 @@ class _Stamps:
     def __init__(self, trainer: Trainer, tensors: _Tensors) -> None:
         self._trainer, self._tensors = trainer, tensors
         self._traces: list[int] = []
+        # all of them: an id must not come again
+        self._seen: dict[int, Any] = {}
 
     def now(self, batches: Sequence[Batch]) -> Hashable | str:
         """It at present; a string says why a step cannot be replayed."""
@@ -160,10 +169,11 @@ class _Stamps:
         if reasons:
             return reasons[0]
         known, self._traces = self._traces, list(map(id, traces))
+        loss = self._trainer.loss
+        parts = list(loss.modules()) if isinstance(loss, nn.Module) else [loss]
+        self._seen.update((id(one), one) for one in (*traces, *parts))
         # another trace may be that of a model with other modules
         if known != self._traces:
             self._tensors.look_up()
-        loss = self._trainer.loss
-        parts = tuple(map(id, loss.modules())) if isinstance(loss, nn.Module) else ()
-        where = addresses(self._tensors.now())
-        return (*self._traces, where, id(loss), parts, plain_attributes(loss), self._trainer.aux_weight)
+        where = addresses([*chain(*self._tensors.now())])
+        return (*self._traces, where, *map(id, parts), plain_attributes(loss), self._trainer.aux_weight)

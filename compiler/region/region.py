@@ -309,7 +309,8 @@ def plan_rows() -> list[Row]:
     gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     rows = []
     for device in (torch.device("cpu"), *gpus):
-        reasons = {e.name: _why_not_here(e, device) for e in EXECUTORS if e.device == device.type}
+        suitable = [e for e in EXECUTORS if e.device == device.type]
+        reasons = {e.name: _why_not_now() or _why_not_here(e, device) for e in suitable}
         used = next((name for name, reason in reasons.items() if reason is None), "op by op")
         reasons.setdefault("op by op", f"{used} comes first")
         for name, reason in reasons.items():

@@ -52,7 +52,11 @@ def why_not_trusted(device: torch.device) -> str | None:
             )
         with _LOCK:
             if device not in _VERDICTS:
-                _VERDICTS[device] = _verdict(device)
+                try:
+                    _VERDICTS[device] = _verdict(device)
+                except torch.OutOfMemoryError:
+                    # there may be room the next time
+                    return "there is no memory left for the test of the kernels"
     return _VERDICTS[device]
 
 
@@ -60,6 +64,8 @@ def _verdict(device: torch.device) -> str | None:
     _THREAD.tests = True
     try:
         found = [problem for width in WIDTHS for problem in problems(device, width)]
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         found = [f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"]
     finally:
@@ -83,11 +89,13 @@ def problems(
 
     with ExitStack() as state:
         # whatever the caller has set up
-        state.enter_context(torch.random.fork_rng(devices=[]))
+        state.enter_context(torch.inference_mode(False))
         state.enter_context(torch.enable_grad())
+        state.enter_context(torch.random.fork_rng(devices=[]))
         state.enter_context(torch.autocast(device.type, enabled=False))
         state.enter_context(exact_products())
-        torch.manual_seed(0)
+        # not torch.manual_seed: it seeds GPUs too
+        torch.default_generator.manual_seed(0)
         exact = Specimen(channels).double()
         network = copy.deepcopy(exact).float().to(device)
         model = compile_model(network)

@@ -7,6 +7,7 @@ same flags. What the flags leave out is not launched.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -81,10 +82,10 @@ class Prepared:
         # a launch's record list is never empty; an empty table would have no address
         self._table = torch.tensor(lowered.words or [0], dtype=torch.int64, device="cpu").to(device)
         self.launches = lowered.launches
-        self._under: dict[bytes, Under] = {}
+        self._under: dict[tuple[int, bytes], Under] = {}
         self._tables: dict[tuple[int, ...], Tensor] = {}
         self._reserve: list[tuple[Tensor, Tensor]] = []
-        self._captured: list[tuple[Tensor, Tensor]] = []
+        self._lock = threading.Lock()
 
     def run(self, slab: Tensor, work: Tensor, flags: Tensor, tensors: Sequence[Tensor]) -> None:
         """Carry out the program in place; all tensors on its device, fp32 but counters (int64); flags (uint8)
@@ -106,15 +107,17 @@ class Prepared:
 
     def under(self, flags: Tensor) -> Under:
         """What is launched under these flags."""
-        key = bytes(flags.numpy())
-        found = self._under.pop(key, None)
-        if found is None:
-            if capturing.is_capturing(self.device):
-                raise RuntimeError("run the program once under this decision before it is captured")
-            if len(self._under) >= _DECISIONS:
-                del self._under[next(iter(self._under))]
-            found = self._find(flags)
-        self._under[key] = found
+        # what is copied is there for what follows on its stream
+        key = (capturing.stream_of(self.device), bytes(flags.numpy()))
+        with self._lock:
+            found = self._under.pop(key, None)
+            if found is None:
+                if capturing.is_capturing(self.device):
+                    raise RuntimeError("run the program once under this decision before it is captured")
+                if len(self._under) >= _DECISIONS:
+                    del self._under[next(iter(self._under))]
+                found = self._find(flags)
+            self._under[key] = found
         return found
 
     def _find(self, flags: Tensor) -> Under:
@@ -152,9 +155,6 @@ class Prepared:
         key = (capturing.stream_of(self.device), *addresses)
         found = self._tables.get(key)
         if found is not None:
-            if captures:
-                # the graph reads it for as long as it lives
-                self._captured.append((found, found))
             return found
         if self.device.type != "cuda":
             found = torch.tensor(addresses, dtype=torch.int64, device="cpu")
@@ -164,7 +164,7 @@ class Prepared:
             if not self._reserve:
                 raise RuntimeError("run the program once before it is captured, at most 8 times per run")
             pair = self._reserve.pop()
-            self._captured.append(pair)
+            capturing.hold(pair)
             pair[0].copy_(torch.tensor(addresses, dtype=torch.int64, device="cpu"))
             return pair[1].copy_(pair[0], non_blocking=True)
         else:

@@ -26,7 +26,9 @@ def no_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
 
-def test_what_a_graph_reads_is_held_as_long_as_it_lives() -> None:
+def test_what_a_graph_reads_is_held_as_long_as_it_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capturing, "_FOREVER", [])
+
     class Thing:
         pass
 
@@ -44,6 +46,16 @@ def test_what_a_graph_reads_is_held_as_long_as_it_lives() -> None:
     held.clear()
     gc.collect()
     assert thing() is None
+
+
+def test_what_nobody_collects_is_held_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph that someone captures by hand does not say when it goes."""
+    kept: list[Any] = []
+    monkeypatch.setattr(capturing, "_FOREVER", kept)
+    capturing.hold("a", "b")
+    with capturing.holding() as held:
+        capturing.hold("c")
+    assert (kept, held) == (["a", "b"], ["c"])
 
 
 def test_only_gpus_capture() -> None:
@@ -94,7 +106,27 @@ def test_nothing_is_tested_inside_a_capture(monkeypatch: pytest.MonkeyPatch) -> 
     assert why_not_trusted(GPU) is None
 
 
-def test_the_test_leaves_random_numbers_alone() -> None:
+def test_a_gpu_without_memory_is_tested_the_next_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers: list[Any] = [torch.OutOfMemoryError("full")]
+
+    def problems(device: torch.device, width: int) -> list[str]:
+        if answers:
+            raise answers.pop()
+        return []
+
+    monkeypatch.setattr(selftest, "problems", problems)
+    assert "no memory left" in str(why_not_trusted(GPU))
+    assert why_not_trusted(GPU) is None
+
+
+@torch.inference_mode()
+def test_the_test_runs_in_inference_mode() -> None:
+    assert "Inference" not in str(selftest.problems(CPU, 5, size=4))
+
+
+def test_the_test_leaves_random_numbers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    # it seeds GPUs too
+    monkeypatch.setattr(torch, "manual_seed", pytest.fail)
     before = torch.get_rng_state()
     # without plans for this device, the network is compared with itself
     selftest.problems(CPU, 5, size=4)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nascompile.runtime.captured_step import WARM_UP, CapturedStep, addresses, tensors_of
+from nascompile.runtime.captured_step import GRAPHS, WARM_UP, CapturedStep, addresses, tensors_of
 from tests.runtime.emulated_graphs import EmulatedRecorder, EmulatedRecording
 
 BATCH = 6
@@ -34,11 +34,18 @@ class Setup:
 
     def replayed(self) -> CapturedStep:
         return CapturedStep(
-            self.step, self.recorder, [self.optimizer], lambda *_: addresses(self.state()), self.state
+            self.step,
+            self.recorder,
+            [self.optimizer],
+            lambda *_: addresses(self.state()),
+            lambda: [self.state()],
         )
 
     def state(self) -> list[Tensor]:
         return [*self.model.parameters(), *self.model.buffers(), *tensors_of(self.optimizer)]
+
+    def groups(self) -> list[list[Tensor]]:
+        return [list(self.model.parameters()), list(self.model.buffers()), tensors_of(self.optimizer)]
 
     def step(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         for parameter in self.model.parameters():
@@ -122,6 +129,26 @@ def test_a_learning_rate_that_always_changes_is_not_worth_it() -> None:
     assert setup.recorder.recordings <= 3
 
 
+def test_more_sizes_than_are_kept_are_not_worth_it() -> None:
+    setup = Setup()
+    data = [batch for _ in range(9) for size in range(2, 4 + GRAPHS) for batch in batches(1, size=size)]
+    compare(setup, data)
+    assert "changes too often" in str(setup.captured.reason)
+    assert setup.recorder.recordings <= GRAPHS + 3
+
+
+def test_batches_of_other_things_are_not_replayed() -> None:
+    setup = Setup()
+    step = setup.step
+    found: Any = CapturedStep(
+        lambda x, y, things: step(x, y), setup.recorder, [setup.optimizer], lambda *_: 0, setup.groups
+    )
+    thing = object()
+    for batch in batches(7):
+        found(*batch, thing)
+    assert found.replays == 0
+
+
 def test_a_step_that_reads_values_runs_as_it_is() -> None:
     setup = Setup()
     setup.extra = lambda loss: loss * (2 if loss.item() > 0 else 3)
@@ -174,18 +201,31 @@ def test_what_is_returned_is_the_callers_own() -> None:
     assert len({float(loss) for loss in losses}) == len(data)
 
 
-def test_a_recording_that_does_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("what", ["weights", "no weights", "statistics", "counter", "momentum", "outputs"])
+def test_a_recording_that_does_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     setup = Setup()
     replay = EmulatedRecording.replay
 
     def wrong(self: EmulatedRecording) -> None:
+        before = setup.model[0].weight.detach().clone()
         replay(self)
         with torch.no_grad():
-            setup.model[0].weight.add_(0.01)
+            if what == "weights":
+                setup.model[0].weight.add_(0.01)
+            elif what == "no weights":
+                setup.model[0].weight.copy_(before)
+            elif what == "statistics":
+                setup.model[1].running_mean.mul_(1.5)
+            elif what == "counter":
+                setup.model[1].num_batches_tracked.add_(1)
+            elif what == "momentum":
+                tensors_of(setup.optimizer)[0].zero_()
+            else:
+                self.outputs["loss"].mul_(2)
 
     monkeypatch.setattr(EmulatedRecording, "replay", wrong)
     compare(setup, batches(8))
-    assert setup.captured.reason == "a replayed step gave other parameters than the step itself"
+    assert setup.captured.reason == "a replayed step gave other parameters or outputs than the step itself"
 
 
 @pytest.mark.parametrize(
