@@ -162,7 +162,10 @@ class _Stamps:
 
     def now(self, batches: Sequence[Batch]) -> Hashable | str:
         """It at present; a string says why a step cannot be replayed."""
-        compiled = self._trainer.compiled
+        compiled, reason = self._trainer.compiled, why_not_replayed(self._trainer)
+        if reason is not None:
+            # a loss or a callback may have come since
+            return reason
         assert isinstance(compiled, CompiledModel)
         traces = [compiled.trace_of(*batch.args, **batch.kwargs) for batch in batches]
         reasons = [trace for trace in traces if isinstance(trace, str)]

@@ -188,6 +188,24 @@ def test_another_loss_between_epochs_is_seen() -> None:
     assert step.captured.replays
 
 
+def test_a_loss_of_the_user_that_comes_later_is_not_replayed() -> None:
+    factor = [1.0]
+
+    def own(logits: Tensor, target: Tensor) -> Tensor:
+        factor[0] += 1.0
+        return factor[0] * nn.functional.cross_entropy(logits, target)
+
+    def other(trainer: Any, epoch: int) -> None:
+        factor[0] = 1.0
+        if epoch == 1:
+            trainer.loss = own
+
+    plain, _ = searched(net(), replays=False, callbacks=[AtEpochs(other)])
+    found, step = searched(net(), replays=True, callbacks=[AtEpochs(other)])
+    same(found, plain)
+    assert 0 < step.captured.replays <= STEPS
+
+
 def test_a_cpu_has_no_graphs() -> None:
     trainer = make("darts", net(), compile=True)
     assert isinstance(trainer, DartsTrainer)
