@@ -47,6 +47,8 @@ TESTS = (
     "tests/kernels/test_plan_triton.py",
     "tests/kernels/test_plan_triton_barriers.py",
     "tests/kernels/test_plan_triton_sums.py",
+    "tests/kernels/test_plan_triton_groups.py",
+    "tests/kernels/test_plan_triton_flags.py",
     "tests/compiler/test_plan_triton.py",
 )
 COLUMNS = ["network", "batch", "type", "peer", "median_ms", "p20_ms", "p80_ms", "peak_mib", "ratio", "note"]
