@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from nascompile.compiler.compiled import CompiledModel
+from nascompile.compiler.errors import NascompileError
 from nascompile.runtime.batches import Batch
 from nascompile.runtime.callbacks import Callback
 from nascompile.runtime.captured_step import (
@@ -42,6 +43,13 @@ def replayed(trainer: Trainer, step: Step, reason: str | None = None) -> Step:
     trainer.replays = True
     settle_optimizers(trainer)
     return ReplayedStep(trainer, step, CudaRecorder(trainer.device))
+
+
+def checked(cuda_graph: Any) -> bool | None:
+    """The choice of a user; NascompileError where it is none."""
+    if cuda_graph not in (None, True, False):
+        raise NascompileError(f"cuda_graph is {cuda_graph!r}, expected None, True or False")
+    return cuda_graph
 
 
 class ReplayedStep:

@@ -25,6 +25,7 @@ from nascompile.runtime.decision_mean import DecisionMean
 from nascompile.runtime.loading import EpochLoader, size_of
 from nascompile.runtime.meters import AverageMeterGroup
 from nascompile.runtime.randomness import new_generator, seed_everything, untouched_randomness
+from nascompile.runtime.replaying import checked
 from nascompile.runtime.trainer_state import load_state, save_state
 
 logger = logging.getLogger(__name__)
@@ -110,9 +111,8 @@ class Trainer(BaseTrainer):
         self.log_frequency = log_frequency
         self.callbacks = list(callbacks or [])
         self.aux_weight = aux_weight
-        self.cuda_graph = cuda_graph
-        #: whether steps are replayed as CUDA graphs
-        self.replays = False
+        self.cuda_graph = checked(cuda_graph)
+        self.replays = False  # steps, as CUDA graphs
         self.folder = None if folder is None else Path(folder)
 
         self.epoch = 0

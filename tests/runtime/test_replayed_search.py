@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from nascompile.compiler.errors import NascompileError
 from nascompile.runtime.callbacks import Callback
 from nascompile.runtime.captured_step import make_capturable
 from nascompile.runtime.darts import DartsTrainer
@@ -204,6 +205,11 @@ def test_a_loss_of_the_user_that_comes_later_is_not_replayed() -> None:
     found, step = searched(net(), replays=True, callbacks=[AtEpochs(other)])
     same(found, plain)
     assert 0 < step.captured.replays <= STEPS
+
+
+def test_a_choice_that_is_none_is_refused() -> None:
+    with pytest.raises(NascompileError, match="cuda_graph is 'yes', expected None, True or False"):
+        make("darts", net(), compile=True, cuda_graph="yes")
 
 
 def test_a_cpu_has_no_graphs() -> None:
