@@ -107,16 +107,12 @@ def step_of(
 
 def graphed(step: Callable[[], Tensor]) -> Callable[[], object]:
     """The step as a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
+    from nascompile.runtime.cuda_graphs import CudaRecorder
+
+    recorder = CudaRecorder(DEVICE)
+    for _ in range(3):
+        recorder.aside(step)
+    return recorder.record(step).replay
 
 
 def timed(call: Callable[[], object], seconds: float = 5.0) -> dict[str, float]:

@@ -6,7 +6,7 @@ an error.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -84,18 +84,21 @@ def report(kernels: tuple[Kernel, ...], device: torch.device) -> list[Row]:
     """For every kernel and implementation: is it the one used on the device, and why not."""
     rows = []
     for kernel in kernels:
-        used = choose(kernel, device)
-        for found in kernel.implementations:
-            reason = found.why_not(device)
-            if reason is None and found is not used:
-                reason = f"{used.name} comes first"
-            rows.append(
-                Row(
-                    operation=kernel.name,
-                    device=str(device),
-                    implementation=found.name,
-                    used=found is used,
-                    reason="used" if reason is None else reason,
-                )
-            )
+        rows += ranked(kernel.name, device, {f.name: f.why_not(device) for f in kernel.implementations})
     return rows
+
+
+def ranked(operation: str, device: torch.device, reasons: Mapping[str, str | None]) -> list[Row]:
+    """A row for each implementation, in order of preference, given why it cannot be used: the first without a
+    reason is."""
+    used = next(name for name, reason in reasons.items() if reason is None)
+    return [
+        Row(
+            operation=operation,
+            device=str(device),
+            implementation=name,
+            used=name == used,
+            reason="used" if name == used else reason or f"{used} comes first",
+        )
+        for name, reason in reasons.items()
+    ]

@@ -5,15 +5,16 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, compress
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
+from nascompile.compiler.fingerprint import SCALARS
 from nascompile.runtime.cuda_graphs import Recorder, Recording
 from nascompile.runtime.randomness import random_state, restore_random_state
 
@@ -28,8 +29,6 @@ WORTH = 4
 TOLERANCE = 0.05
 """How far off the first replay may be: of the length of the step in each group of tensors, and of the
 outputs."""
-PLAIN = bool | int | float | str | bytes | None
-"""What batches may hold besides tensors."""
 CAPTURABLE = (torch.optim.SGD,)
 """Optimizers that keep nothing on the host; others say so by an option "capturable"."""
 
@@ -81,7 +80,7 @@ class CapturedStep:
         if isinstance(stamp, str):
             return self._step(*batches)
         leaves, spec = tree_flatten(batches)
-        if not all(isinstance(leaf, Tensor | PLAIN) for leaf in leaves):
+        if not all(isinstance(leaf, (Tensor, *SCALARS)) for leaf in leaves):
             return self._step(*batches)
         key = (spec, tuple(map(_look, leaves)), stamp)
         if self._calls.get(key, 0) < WARM_UP:
@@ -149,7 +148,7 @@ class CapturedStep:
         outputs = self._recorder.aside(lambda: self._step(*batches))
         found = [*groups, _tensors(outputs)]
         moves = map(_distance, groups, before)
-        lengths = [*moves, sum(float(t.detach().double().square().sum()) for t in found[-1]) ** 0.5]
+        lengths = [*moves, _length(found[-1])]
         away = map(_distance, found, [*replayed, _tensors(replayed_outputs)])
         if all(a <= TOLERANCE * length for a, length in zip(away, lengths, strict=True)):
             self._kept[key] = kept
@@ -195,12 +194,14 @@ def _host_states(state: dict[str, Any]) -> Hashable:
 
 def _distance(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
     """Between two groups of tensors; not finite where one of them is not."""
-    total = 0.0
-    for one, other in zip(left, right, strict=True):
-        # infinities that are the same are no distance
-        away = torch.where(one == other, 0.0, one.detach().double() - other.double())
-        total += float(away.square().sum())
-    return total**0.5
+    pairs = ((one.detach(), other) for one, other in zip(left, right, strict=True))
+    # infinities that are the same are no distance
+    return _length(torch.where(one == other, 0.0, one.double() - other.double()) for one, other in pairs)
+
+
+def _length(tensors: Iterable[Tensor]) -> float:
+    # one after another: outputs may lie on several devices, and states are large
+    return sum(float(tensor.detach().double().square().sum()) for tensor in tensors) ** 0.5
 
 
 def _apart(group: Sequence[Tensor]) -> list[list[Tensor]]:
@@ -252,20 +253,4 @@ def tensors_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 def addresses(tensors: Sequence[Tensor]) -> Hashable:
     """Where tensors lie, and which of them want a gradient: a recording depends on both."""
-    return hash((*map(Tensor.data_ptr, tensors), *map(_wants_gradient, tensors)))
-
-
-def _wants_gradient(tensor: Tensor) -> bool:
-    return tensor.requires_grad
-
-
-def plain_attributes(module: Any) -> Hashable:
-    """Numbers and strings that the modules of a loss carry."""
-    if not isinstance(module, nn.Module):
-        return None
-    return tuple(
-        (name, repr(value))
-        for part in module.modules()
-        for name, value in vars(part).items()
-        if isinstance(value, PLAIN)
-    )
+    return hash((*map(Tensor.data_ptr, tensors), *map(operator.attrgetter("requires_grad"), tensors)))

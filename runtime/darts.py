@@ -117,7 +117,7 @@ class DartsTrainer(Trainer):
         # a replay decides without Python
         is_soft = isinstance(self.mutator.decision, SoftDecision)
         self.mutator.decide(SoftDecision(masks) if is_soft else masks)
-        self.count_decision()
+        self._decided.add(self.mutator.decision)
         self.after_step(train, logits, loss, meters, epoch)
 
     def search_step(self, train: Batch, valid: Batch) -> tuple[Any, Tensor, dict[str, Any]]:

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from nascompile.compiler.compiled import CompiledModel
 from nascompile.compiler.errors import NascompileError
+from nascompile.compiler.fingerprint import SCALARS
 from nascompile.runtime.batches import Batch
 from nascompile.runtime.callbacks import Callback
 from nascompile.runtime.captured_step import (
     CapturedStep,
     addresses,
     make_capturable,
-    plain_attributes,
     tensors_of,
 )
 from nascompile.runtime.cuda_graphs import CudaRecorder, Recorder
@@ -187,4 +187,15 @@ class _Stamps:
         if known != self._traces:
             self._tensors.look_up()
         where = addresses([*chain(*self._tensors.now())])
-        return (*self._traces, where, *map(id, parts), plain_attributes(loss), self._trainer.aux_weight)
+        return (*self._traces, where, *map(id, parts), _plain_attributes(parts), self._trainer.aux_weight)
+
+
+def _plain_attributes(parts: Sequence[Any]) -> Hashable:
+    """The numbers and strings that the modules of a loss carry."""
+    return tuple(
+        (name, repr(value))
+        for part in parts
+        if isinstance(part, nn.Module)
+        for name, value in vars(part).items()
+        if isinstance(value, SCALARS)
+    )

@@ -58,7 +58,8 @@ class Trainer(BaseTrainer):
     (`nascompile.runtime.captured_step`): with `cuda_graph=None` where all code of a step is known, with True
     also where losses, mutators or callbacks of your own depend on nothing but their arguments, with False
     never. `precision` is "no", "bf16" or "fp16". `seed` seeds Python's, NumPy's and torch's global generators
-    before anything is drawn. With `folder`, the state is saved there before the first and after every epoch.
+    before anything is drawn. With `folder`, the state is saved there before the first and after every epoch,
+    so that a run that is interrupted can be resumed; nothing is written without it.
 
     `history` has a dict for every epoch (epoch, train_loss, train_<metric>, valid_loss, valid_<metric>),
     `decisions` the mean decision of every epoch: a list of floats for every key.
@@ -272,10 +273,6 @@ class Trainer(BaseTrainer):
     def decide(self) -> None:
         """Draw a decision and count it in the epoch's mean."""
         self.mutator.reset()
-        self.count_decision()
-
-    def count_decision(self) -> None:
-        """Count the present decision in the epoch's mean."""
         self._decided.add(self.mutator.decision)
 
     def forward(self, batch: Batch) -> tuple[Any, Tensor]:

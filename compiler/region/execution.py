@@ -134,8 +134,9 @@ class Execution:
         self.executor = plan.settings.executor
         self._memory = memory
         directions = [d for d in (plan.forward, plan.backward) if d is not None]
-        self._work = max(self.executor.work(direction.program) for direction in directions)
-        self.options: dict[str, Any] = {"dtype": self.executor.dtype, "device": plan.settings.device}
+        device = plan.settings.device
+        self._work = max(self.executor.work(way.program, way.encoded, device) for way in directions)
+        self.options: dict[str, Any] = {"dtype": self.executor.dtype, "device": device}
         self._flags: dict[frozenset[Weight], tuple[Tensor, list[bool]]] = {}
         self._boundaries = Boundaries(plan.graph, [*self.parameters, *running_of(plan.graph)])
         self._suiting: Look | None = None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nascompile.kernels.plan import cuda, reference
 from nascompile.kernels.plan.program import Program
-from nascompile.kernels.plan.run import lane, run, why_not_native
+from nascompile.kernels.plan.run import lane, run, why_not_native, work_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +20,8 @@ class Executor:
 
     in_turn: whether the steps of a phase are carried out for one image after the other, not for all images
     step by step. chunks: how many parts a batch of so many images is shared out among. work: elements of work
-    memory. run: carries out a program, given how it is written down, the slab, the work memory, the flags and
-    the tensors.
+    memory on a device, given a program and how it is written down. run: carries it out, given the slab, the
+    work memory, the flags and the tensors too.
     why_not: why it cannot be used on a device of that kind, or None.
     """
 
@@ -31,17 +31,13 @@ class Executor:
     in_turn: bool
     lane: Callable[[], int]
     chunks: Callable[[int], int]
-    work: Callable[[Program], int]
+    work: Callable[[Program, Tensor, torch.device], int]
     run: Callable[[Program, Tensor, Tensor, Tensor, Tensor, Sequence[Tensor]], None]
     why_not: Callable[[torch.device], str | None]
 
 
 def _chunks(images: int) -> int:
     return max(1, min(torch.get_num_threads(), images))
-
-
-def _work(program: Program) -> int:
-    return program.work
 
 
 def _run_reference(
@@ -57,7 +53,7 @@ NATIVE = Executor(
     in_turn=True,
     lane=lane,
     chunks=_chunks,
-    work=_work,
+    work=work_size,
     run=run,
     why_not=why_not_native,
 )
@@ -68,7 +64,7 @@ REFERENCE = Executor(
     in_turn=True,
     lane=lambda: 8,
     chunks=lambda images: 1,
-    work=lambda program: 1,
+    work=lambda *_: 1,
     run=_run_reference,
     why_not=lambda device: None,
 )
@@ -81,7 +77,7 @@ TRITON = Executor(
     lane=lambda: cuda.LANE,
     # images are independent programs of one launch
     chunks=lambda images: 1,
-    work=cuda.work_size,
+    work=work_size,
     run=run,
     why_not=why_not_native,
 )

@@ -27,7 +27,7 @@ from nascompile.compiler.region.selftest import why_not_trusted
 from nascompile.compiler.region.settings import Settings, read_borders
 from nascompile.compiler.region.shapes import check_shapes
 from nascompile.compiler.region.types import working_type
-from nascompile.kernels.registry import Row
+from nascompile.kernels.registry import Row, ranked
 from nascompile.kernels.transforms import is_forward_differentiated, is_transformed
 
 PLAN_LIMIT = 8
@@ -311,18 +311,7 @@ def plan_rows() -> list[Row]:
     for device in (torch.device("cpu"), *gpus):
         suitable = [e for e in EXECUTORS if e.device == device.type]
         reasons = {e.name: _why_not_now() or _why_not_here(e, device) for e in suitable}
-        used = next((name for name, reason in reasons.items() if reason is None), "op by op")
-        reasons.setdefault("op by op", f"{used} comes first")
-        for name, reason in reasons.items():
-            shown = "used" if name == used else reason or f"{used} comes first"
-            row = Row(
-                operation="plans",
-                device=str(device),
-                implementation=name,
-                used=name == used,
-                reason=shown,
-            )
-            rows.append(row)
+        rows += ranked("plans", device, {**reasons, "op by op": None})
     return rows
 
 

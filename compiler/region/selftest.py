@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -87,19 +86,20 @@ def problems(
     # it uses regions, which ask for this test
     from nascompile.compiler.compiled import compile as compile_model
 
-    with ExitStack() as state:
-        # whatever the caller has set up
-        state.enter_context(torch.inference_mode(False))
-        state.enter_context(torch.enable_grad())
-        state.enter_context(torch.random.fork_rng(devices=[]))
-        state.enter_context(torch.autocast(device.type, enabled=False))
-        state.enter_context(exact_products())
+    # whatever the caller has set up
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.random.fork_rng(devices=[]),
+        torch.autocast(device.type, enabled=False),
+        exact_products(),
+    ):
         # not torch.manual_seed: it seeds GPUs too
         torch.default_generator.manual_seed(0)
         exact = Specimen(channels).double()
         network = copy.deepcopy(exact).float().to(device)
         model = compile_model(network)
-        mutators = Given(network), Given(exact)
+        mutators = Mutator(network), Mutator(exact)
         x = torch.randn(3, 3, size, size, dtype=torch.float64)
         found = []
         for is_training in (True, False):
@@ -115,11 +115,7 @@ def problems(
     return [*found, *map(str, model.islands)]
 
 
-class Given(Mutator):
-    """Carries out the decisions it is given."""
-
-
-def _step(model: nn.Module, mutator: Given, decision: Decision, x: Tensor) -> dict[str, Tensor | None]:
+def _step(model: nn.Module, mutator: Mutator, decision: Decision, x: Tensor) -> dict[str, Tensor | None]:
     """Output, all gradients and all buffers."""
     masks = {key: torch.tensor(mask, device=x.device) for key, mask in decision.items()}
     masks = {key: m.to(x.dtype).requires_grad_() if m.is_floating_point() else m for key, m in masks.items()}

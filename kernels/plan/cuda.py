@@ -31,14 +31,10 @@ _KNOWN = 16  # sets of addresses whose tables are kept
 _DECISIONS = 32  # states of the flags that are remembered
 
 
+@cache
 def why_not(device: torch.device) -> str | None:
-    """Why programs cannot be run on the device, or None."""
+    """Why programs cannot be run on the device, or None: every call of a region asks."""
     return why_not_triton(device)
-
-
-def work_size(program: Program) -> int:
-    """Floats of work memory that `Prepared.run` needs; as `Prepared.work`."""
-    return lower(program).work
 
 
 def default_precision() -> str:

@@ -26,9 +26,9 @@ def lane(device: torch.device | None = None) -> int:
     return cuda.LANE if device is not None and device.type == "cuda" else cpu.extension().lane()
 
 
-def work_size(program: Program, device: torch.device) -> int:
+def work_size(program: Program, encoded: Tensor, device: torch.device) -> int:
     """Floats of work memory that `run` needs on the device."""
-    return cuda.work_size(program) if device.type == "cuda" else program.work
+    return prepared(program, encoded, device).work if device.type == "cuda" else program.work
 
 
 def run(

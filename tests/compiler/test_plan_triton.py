@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import nascompile
+from nascompile.compiler.mutator import Mutator
 from nascompile.compiler.region import region, scratch, selftest
 from nascompile.compiler.region.executors import TRITON
 from nascompile.kernels.plan import cuda
@@ -35,13 +36,21 @@ def run(
     prepared(program, encoded, slab.device).run(slab, work, flags, tensors)
 
 
+HERE = replace(
+    TRITON,
+    device=DEVICE.type,
+    work=lambda program, encoded, device: prepared(program, encoded, device).work,
+    run=run,
+    why_not=cuda.why_not,
+)
+
+
 @pytest.fixture(autouse=True)
 def plans_in_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     reason = cuda.why_not(DEVICE)
     if reason is not None:
         pytest.skip(reason)
-    here = replace(TRITON, device=DEVICE.type, run=run, why_not=cuda.why_not)
-    monkeypatch.setattr(region, "EXECUTORS", (here,))
+    monkeypatch.setattr(region, "EXECUTORS", (HERE,))
 
 
 @pytest.mark.parametrize("copies", [scratch.COPIES, 1 << 13], ids=["own images", "few images"])
@@ -58,7 +67,7 @@ def test_the_gradients_of_an_input_alone() -> None:
     torch.manual_seed(0)
     exact = selftest.Specimen(5).double()
     network = copy.deepcopy(exact).float().to(DEVICE)
-    mutators, model = (selftest.Given(network), selftest.Given(exact)), nascompile.compile(network)
+    mutators, model = (Mutator(network), Mutator(exact)), nascompile.compile(network)
     x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
     found = []
     for one, mutator, image in ((model, mutators[0], x.float().to(DEVICE)), (exact, mutators[1], x)):
@@ -81,6 +90,5 @@ def test_what_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch, is_backward: bo
         if has_gradients == is_backward:
             arguments[-1][-1].mul_(1.01)
 
-    here = replace(TRITON, device=DEVICE.type, run=off, why_not=cuda.why_not)
-    monkeypatch.setattr(region, "EXECUTORS", (here,))
+    monkeypatch.setattr(region, "EXECUTORS", (replace(HERE, run=off),))
     assert selftest.problems(DEVICE, 5, 6, selftest.DECISIONS[:1])

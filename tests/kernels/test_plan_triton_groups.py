@@ -235,7 +235,7 @@ def test_own_places_make_fewer_launches(monkeypatch):
     by_turns = launched(program)
     assert own["dense"] == own["dense_gradient"] == 1
     assert by_turns["dense"] == by_turns["dense_gradient"] == 3
-    assert cuda.work_size(program) < 4 * memory.scratch * memory.images + (1 << 16)
+    assert cuda.prepare(program, DEVICE).work < 4 * memory.scratch * memory.images + (1 << 16)
 
 
 def test_gradients_of_weights_have_a_flag():
